@@ -1,0 +1,1 @@
+//! Xen's public ABI as Rust types and numbers, per interface version. No I/O.

@@ -1,0 +1,3 @@
+//! `cargo xtask`: every task of the project that is not a plain cargo command.
+
+fn main() {}
