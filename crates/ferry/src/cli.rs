@@ -1,0 +1,32 @@
+//! The grammar of the command line.
+
+use crate::commands;
+use clap::{ArgAction, Parser, Subcommand};
+
+/// Move running Xen guests between hosts without their help.
+#[derive(Debug, Parser)]
+#[command(name = "ferry", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub struct Cli {
+    /// Log more to standard error (-v what is done, -vv every step, -vvv everything); FERRY_LOG overrides it
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    pub verbose: u8,
+
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// One variant per subcommand; its arguments and its code are in the module of the same name under `commands`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write the manual pages, one file per command
+    Man(commands::man::Args),
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed; a guest that was to be moved still runs where it was
+  2  the command line is wrong
+  3  refused before anything was touched; the message says why and what to do
+  4  given up or cancelled; the guest still runs where it was
+  5  the outcome is not known yet: see `ferry status`, and `ferry resolve` if a host is gone for good";

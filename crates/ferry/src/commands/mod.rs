@@ -1,0 +1,11 @@
+//! One module per subcommand: its `Args`, and a `run` that does it.
+
+pub mod man;
+
+use crate::cli::{Cli, Command};
+
+pub fn run(cli: Cli) -> anyhow::Result<()> {
+    match cli.command {
+        Command::Man(args) => man::run(args),
+    }
+}

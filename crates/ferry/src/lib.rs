@@ -1,0 +1,8 @@
+//! The `ferry` command and its daemon.
+//!
+//! [`cli`] is the grammar, one module in [`commands`] per subcommand. A command returns `anyhow::Result`; what the shell
+//! sees of a failure is decided in [`exit`] alone.
+
+pub mod cli;
+pub mod commands;
+pub mod exit;
