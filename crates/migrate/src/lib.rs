@@ -1,0 +1,4 @@
+//! The migration engine.
+
+pub mod handshake;
+pub mod journal;
