@@ -1,0 +1,58 @@
+use thiserror::Error;
+use xenstore_wire::{Errno, Op};
+
+/// What can go wrong.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The daemon said no.
+    #[error("xenstore {} {what}: {errno}", op.name())]
+    Refused {
+        /// The operation.
+        op: Op,
+        /// The path or domain.
+        what: String,
+        /// Its answer.
+        errno: Errno,
+    },
+    /// No connection.
+    #[error("cannot connect to xenstored at {path} (is it running?)")]
+    Connect {
+        /// Where.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The connection broke.
+    #[error("connection to xenstored lost")]
+    Io(#[source] std::io::Error),
+    /// The daemon does not speak the protocol.
+    #[error("xenstore {}: unexpected answer: {what}", op.name())]
+    Protocol {
+        /// The operation.
+        op: Op,
+        /// What came.
+        what: &'static str,
+    },
+}
+
+/// Shorthand.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub(crate) fn refused(op: Op, what: &str, errno: Errno) -> Error {
+        Error::Refused { op, what: what.into(), errno }
+    }
+
+    pub(crate) fn protocol(op: Op, what: &'static str) -> Error {
+        Error::Protocol { op, what }
+    }
+
+    /// The daemon's answer, if it is one.
+    pub fn errno(&self) -> Option<Errno> {
+        match self {
+            Error::Refused { errno, .. } => Some(*errno),
+            _ => None,
+        }
+    }
+}
