@@ -1,0 +1,243 @@
+//! Lines of the kernel's log: what they tell about a migration.
+//!
+//! Messages are those of Linux 6.1 and 6.12: drivers/xen/manage.c, kernel/power/process.c, kernel/watchdog.c,
+//! kernel/rcu/tree_stall.h, kernel/hung_task.c, drivers/block/xen-blkfront.c, drivers/net/xen-netfront.c,
+//! kernel/time/clocksource.c.
+
+use crate::report::Promise;
+use serde::{Deserialize, Serialize};
+
+/// What kind of line it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LineClass {
+    /// The guest took part in a suspend, freeze or resume.
+    Suspend,
+    /// A PV device or the store connected anew, or a backend went through its states.
+    Reconnect,
+    /// A clock or its source was found wrong.
+    Clock,
+    /// Soft or hard lockup, RCU stall, hung task, workqueue lockup. May be the emulator's doing: see
+    /// [`crate::judge::Calm`].
+    Stall,
+    /// A disk request failed, or a file system or block device complains.
+    Disk,
+    /// A network device complains or loses its carrier.
+    Network,
+    /// Xen itself: event channels, grants.
+    Xen,
+    /// Oops, BUG, WARNING, machine check.
+    Fault,
+    /// None of these.
+    Other,
+}
+
+impl LineClass {
+    /// The promise that a line of this class speaks against.
+    pub fn promise(self) -> Promise {
+        match self {
+            // A guest that is asked to suspend sees `control/shutdown` in its store.
+            LineClass::Suspend | LineClass::Reconnect => Promise::T2,
+            LineClass::Clock | LineClass::Stall => Promise::T7,
+            LineClass::Disk => Promise::T8,
+            LineClass::Network => Promise::T9,
+            LineClass::Xen => Promise::T4,
+            LineClass::Fault | LineClass::Other => Promise::T10,
+        }
+    }
+
+    /// False for lines that say nothing about a migration.
+    pub fn of_interest(self) -> bool {
+        self != LineClass::Other
+    }
+}
+
+/// Patterns, lower case, first match counts. The order matters: `clocksource: … stall` is a clock line.
+const PATTERNS: &[(LineClass, &[&str])] = &[
+    (
+        LineClass::Fault,
+        &["kernel bug at", "oops:", "general protection", "unable to handle", "warning: cpu", "mce:", "kernel panic"],
+    ),
+    (
+        LineClass::Stall,
+        &[
+            "soft lockup",
+            "hard lockup",
+            "self-detected stall",
+            "detected stalls",
+            "detected expedited stalls",
+            "rcu: info",
+            "starved for",
+            "blocked for more than",
+            "workqueue lockup",
+            "hogged cpu",
+            "nmi watchdog",
+        ],
+    ),
+    (
+        LineClass::Suspend,
+        &[
+            "freezing user space",
+            "freezing remaining freezable",
+            "freezing of tasks",
+            "restarting tasks",
+            "suspending xen",
+            "suspending console",
+            "pm: suspend",
+            "pm: resume",
+            "xen suspend",
+            "oom killer disabled",
+            "oom killer enabled",
+            "xen:manage",
+            "xen_suspend",
+            "shutdown request",
+        ],
+    ),
+    (
+        LineClass::Clock,
+        &[
+            "clocksource",
+            "timekeeping",
+            "clock skew",
+            "tsc unstable",
+            "marking tsc",
+            "hrtimer: interrupt took",
+            "time jump",
+        ],
+    ),
+    (
+        LineClass::Reconnect,
+        &[
+            "setting capacity",
+            "detected capacity change",
+            "blkfront:",
+            "xenbus_dev_shutdown",
+            "xenbus_probe",
+            "xenbus: ",
+            "grant tables using",
+            "grant table initialized",
+            "backend state",
+            "backend is",
+            "xen-netfront",
+            "netfront",
+        ],
+    ),
+    (
+        LineClass::Disk,
+        &["i/o error", "blk_update_request", "buffer i/o", "print_req_error", "ext4-fs error", "task abort"],
+    ),
+    (
+        LineClass::Network,
+        &["link is", "link becomes", "carrier", "tx timeout", "transmit queue", "netdev watchdog", "eth0:", "eth1:"],
+    ),
+    (LineClass::Xen, &["xen", "event channel", "evtchn", "gnttab", "grant"]),
+];
+
+/// Sorts a line. It looks at nothing but the text.
+pub fn classify(text: &str) -> LineClass {
+    let text = text.to_ascii_lowercase();
+    PATTERNS
+        .iter()
+        .find(|(_, patterns)| patterns.iter().any(|p| text.contains(p)))
+        .map_or(LineClass::Other, |(class, _)| *class)
+}
+
+/// How long a stall line says that it lasted, in ms: `stuck for 22s!`, `(t=5250 jiffies` (at 250 Hz), `blocked for more
+/// than 120 seconds`.
+pub fn stall_ms(text: &str) -> Option<u64> {
+    let number_after = |key: &str| {
+        let rest = text.split(key).nth(1)?;
+        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse::<u64>().ok()
+    };
+    if let Some(s) = number_after("stuck for ").or_else(|| number_after("blocked for more than ")) {
+        return Some(s.saturating_mul(1000));
+    }
+    number_after("(t=").or_else(|| number_after("starved for ")).map(|jiffies| jiffies.saturating_mul(4))
+}
+
+/// A record of /dev/kmsg: `level,seq,timestamp_us,flags[,…];text\n key=value…` (Documentation/ABI/testing/dev-kmsg).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Syslog level.
+    pub level: u8,
+    /// Sequence number.
+    pub seq: u64,
+    /// µs since boot.
+    pub at_us: u64,
+    /// Text, without the dictionary; at most 300 bytes.
+    pub text: String,
+}
+
+/// Reads a record of /dev/kmsg; `None` for what is none.
+pub fn parse_record(bytes: &[u8]) -> Option<Record> {
+    let text = String::from_utf8_lossy(bytes);
+    let (head, rest) = text.split_once(';')?;
+    let mut fields = head.split(',');
+    let priority: u32 = fields.next()?.parse().ok()?;
+    let seq = fields.next()?.parse().ok()?;
+    let at_us = fields.next()?.parse().ok()?;
+    let line = rest.split('\n').next()?;
+    Some(Record { level: (priority & 7) as u8, seq, at_us, text: clip(line, 300) })
+}
+
+/// At most `most` bytes of a text, cut at a character.
+pub fn clip(text: &str, most: usize) -> String {
+    let mut end = most.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.get(..end).unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn known_lines() {
+        for (line, class) in [
+            ("Freezing user space processes ... (elapsed 0.001 seconds) done.", LineClass::Suspend),
+            ("OOM killer disabled.", LineClass::Suspend),
+            ("Restarting tasks ... done.", LineClass::Suspend),
+            ("watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [witness:1]", LineClass::Stall),
+            ("rcu: INFO: rcu_preempt self-detected stall on CPU", LineClass::Stall),
+            ("INFO: task witness:33 blocked for more than 120 seconds.", LineClass::Stall),
+            ("Setting capacity to 65536", LineClass::Reconnect),
+            ("xvda: detected capacity change from 0 to 65536", LineClass::Reconnect),
+            ("Grant tables using version 1 layout", LineClass::Reconnect),
+            ("clocksource: timekeeping watchdog on CPU0: Marking clocksource 'tsc' as unstable", LineClass::Clock),
+            ("blk_update_request: I/O error, dev xvda, sector 0 op 0x1", LineClass::Disk),
+            ("xen:events: Event-channel device installed", LineClass::Xen),
+            ("random: crng init done", LineClass::Other),
+        ] {
+            assert_eq!(classify(line), class, "{line}");
+        }
+    }
+
+    #[test]
+    fn stall_lengths() {
+        assert_eq!(stall_ms("watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [witness:1]"), Some(22_000));
+        assert_eq!(stall_ms("rcu: \t(t=5250 jiffies g=1 q=2 ncpus=1)"), Some(21_000));
+        assert_eq!(stall_ms("INFO: task x:1 blocked for more than 120 seconds."), Some(120_000));
+        assert_eq!(stall_ms("rcu: INFO: rcu_preempt self-detected stall on CPU"), None);
+    }
+
+    #[test]
+    fn kmsg_records() {
+        let r = parse_record(b"4,1234,5678901,-;blkfront: xvda: flush diskcache\n SUBSYSTEM=xen\n").unwrap();
+        assert_eq!(r, Record { level: 4, seq: 1234, at_us: 5_678_901, text: "blkfront: xvda: flush diskcache".into() });
+        assert_eq!(parse_record(b"nonsense"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_fail(bytes in prop::collection::vec(any::<u8>(), 0..400), most in 0usize..400) {
+            let _ = parse_record(&bytes);
+            let text = String::from_utf8_lossy(&bytes);
+            let _ = stall_ms(&text);
+            prop_assert!(clip(&text, most).len() <= most);
+        }
+    }
+}
