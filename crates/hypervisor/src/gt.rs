@@ -1,7 +1,7 @@
 //! Guest-transparent state: what of a domain stock Xen neither shows nor accepts, and the extension does.
 //!
-//! Times are nanoseconds of the *host's* system time unless said otherwise; whoever moves a domain shifts them by
-//! the difference of the clock offsets.
+//! Points in time are nanoseconds of the **guest's** system time: the host's `NOW()` plus the domain's clock offset. So what was read on
+//! one host can be set on another without arithmetic, once the clock offset is set there.
 
 use crate::types::{DomId, Gfn, Port};
 use serde::{Deserialize, Serialize};
@@ -11,12 +11,18 @@ use serde::{Deserialize, Serialize};
 pub struct GtState {
     /// The guest uses the 32-bit layout of shared_info (`has_32bit_shinfo`).
     pub guest_is_32bit: bool,
-    /// Added to the host's `NOW()` wherever the guest is told the time; 0 for a domain that was born here.
+    /// Host's `NOW()` when this was read. Not set.
+    pub host_now_ns: i64,
+    /// Guest's system time minus host's `NOW()`; 0 for a domain that was born here.
     pub clock_offset_ns: i64,
+    /// The guest's wall clock at its system time 0, before the clock offset is taken off. Not set: it follows the host's.
+    pub wall_clock: WallClock,
     /// 1 or 2; what the guest uses.
     pub grant_version: u32,
-    /// Highest port that the domain may ever use (`XEN_DOMCTL_createdomain`'s `max_evtchn_port`).
+    /// Highest port that the domain may ever use (`XEN_DOMCTL_createdomain`'s `max_evtchn_port`). Not set.
     pub max_evtchn_port: Port,
+    /// `XEN_DOMCTL_CDF_*` that the domain was created with. Not set.
+    pub create_flags: u32,
     /// `Some` if the guest uses the FIFO ABI; frames of the event array in order, 1024 ports each.
     pub event_array: Option<Vec<Gfn>>,
     /// Every port that is not closed, ascending.
@@ -26,6 +32,13 @@ pub struct GtState {
     pub watchdogs: Vec<Watchdog>,
     /// Emulated interrupts that the guest has routed to event channels (HVM with pirqs).
     pub emuirqs: Vec<EmuIrq>,
+}
+
+impl GtState {
+    /// The guest's system time when this was read.
+    pub fn guest_now_ns(&self) -> i64 {
+        self.host_now_ns.saturating_add(self.clock_offset_ns)
+    }
 }
 
 /// One event-channel port of the guest.
@@ -39,10 +52,10 @@ pub struct GtPort {
     /// FIFO ABI: the queue that the port was last put on (`fifo_lastq`).
     pub last_vcpu: u16,
     pub last_priority: u8,
-    /// Xen's own pending flag for the port (`evtchn->pending`; a port set up before its bit could be raised).
-    pub pending: bool,
-    /// Not 0: Xen itself handles events on the guest's side (an ioreq server's port).
-    pub consumer: u8,
+    /// It became pending before its event word was there (`evtchn.pending`).
+    pub pending_early: bool,
+    /// Xen itself handles events on the guest's side (an ioreq server's port). Such ports are not set: they come with the device model.
+    pub xen_consumer: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,15 +92,35 @@ pub enum GuestArea {
     Physical(GuestPlace),
 }
 
+/// Seconds and nanoseconds since 1970.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WallClock {
+    pub sec: u64,
+    /// Below 10^9.
+    pub nsec: u32,
+}
+
 /// `struct vcpu_runstate_info`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Runstate {
-    /// `RUNSTATE_*`.
+    /// `RUNSTATE_*`. Not set.
     pub state: u32,
-    /// When the vCPU entered it.
-    pub entry_time_ns: u64,
-    /// Nanoseconds spent running, runnable, blocked, offline.
-    pub time_ns: [u64; 4],
+    /// When the vCPU entered it. Not set: a restored vCPU enters its state at the set.
+    pub entry_time_ns: i64,
+    /// Nanoseconds spent running, runnable, blocked, offline, up to `entry_time_ns`.
+    pub time_ns: [i64; 4],
+}
+
+impl Runstate {
+    /// The counters as they stand at that point of the guest's system time: what to set elsewhere, so that the time since the last
+    /// change of state is not lost.
+    pub fn at(&self, guest_now_ns: i64) -> Runstate {
+        let mut now = Runstate { entry_time_ns: guest_now_ns, ..*self };
+        if let Some(t) = now.time_ns.get_mut(self.state as usize) {
+            *t = t.saturating_add(guest_now_ns.saturating_sub(self.entry_time_ns).max(0));
+        }
+        now
+    }
 }
 
 /// Where a vCPU's FIFO control block is, and what Xen knows of its queues.
@@ -101,6 +134,12 @@ pub struct FifoVcpu {
 /// One vCPU's guest-transparent state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GtVcpu {
+    /// It has been given a context. Not set: the HVM context does that.
+    pub initialised: bool,
+    /// It has not been brought up. Not set, likewise.
+    pub down: bool,
+    /// It waits in `SCHEDOP_poll`. Not set: it may wake without cause.
+    pub polling: bool,
     /// `None`: in shared_info, where Xen puts those of the first 32 vCPUs.
     pub vcpu_info: Option<GuestPlace>,
     pub runstate_area: Option<GuestArea>,
@@ -110,12 +149,12 @@ pub struct GtVcpu {
     pub upcall_vector: u8,
     /// `None`: the vCPU has no FIFO control block.
     pub fifo: Option<FifoVcpu>,
-    /// When the single-shot timer will fire.
-    pub singleshot_ns: Option<u64>,
+    /// When the single-shot timer will fire; `None`: it is stopped.
+    pub singleshot_ns: Option<i64>,
     /// Period of the periodic timer, 0 if it is stopped.
-    pub periodic_period_ns: u64,
-    /// When the periodic timer last fired.
-    pub periodic_last_ns: u64,
+    pub periodic_period_ns: i64,
+    /// Last tick of the periodic timer.
+    pub periodic_last_ns: i64,
 }
 
 /// A `SCHEDOP_watchdog` timer. It runs in host time, also while the domain is paused.
@@ -123,14 +162,15 @@ pub struct GtVcpu {
 pub struct Watchdog {
     /// As the guest knows it, 1 or 2.
     pub id: u32,
-    /// Nanoseconds left until it bites.
-    pub remaining_ns: u64,
+    /// Nanoseconds left until it bites; in a set, counted from the set.
+    pub remaining_ns: i64,
 }
 
 /// A pirq that stands for an emulated interrupt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EmuIrq {
     pub pirq: u32,
+    /// GSI of the emulated interrupt, or `xen_abi::ext::EMUIRQ_*`.
     pub emuirq: i32,
 }
 
@@ -144,20 +184,57 @@ pub enum GtStep {
     GrantVersion,
     /// `vcpus[..].fifo.control_block`: while no port is allocated.
     FifoControlBlocks,
-    /// `ports`: at their exact numbers. Interdomain ones become unbound for their remote domain.
+    /// `emuirqs`: before the ports that are bound to them.
+    EmuIrqs,
+    /// `ports`: at their exact numbers, with vCPU, priority and last queue. Interdomain ones become unbound for their remote domain.
     Ports,
     /// `event_array`.
     EventArray,
-    /// Priorities, `fifo_lastq`, queue tails: after all ports exist.
-    FifoQueues,
+    /// `vcpus[..].fifo.tails`: after the event array.
+    FifoTails,
     /// Places of vcpu_info, runstate and time areas, upcall vectors.
     VcpuAreas,
-    /// Runstate counters, periodic and single-shot timers.
-    VcpuTimes,
-    /// `emuirqs`.
-    EmuIrqs,
-    /// `clock_offset_ns`, everywhere the guest can see the host's time.
+    /// `clock_offset_ns`, everywhere the guest can see the host's time. May be set again at the end, when the length of the
+    /// blackout is known: running timers keep their expiry in the guest's time.
     ClockOffset,
+    /// Runstate counters, periodic and single-shot timers: points in the guest's time, so after its clock offset.
+    VcpuTimes,
     /// `watchdogs`: an empty list disarms all.
     Watchdogs,
+}
+
+impl GtStep {
+    /// Every step, in order.
+    pub const ALL: [GtStep; 11] = [
+        GtStep::AddressWidth,
+        GtStep::GrantVersion,
+        GtStep::FifoControlBlocks,
+        GtStep::EmuIrqs,
+        GtStep::Ports,
+        GtStep::EventArray,
+        GtStep::FifoTails,
+        GtStep::VcpuAreas,
+        GtStep::ClockOffset,
+        GtStep::VcpuTimes,
+        GtStep::Watchdogs,
+    ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_share_of_the_present_runstate_is_added_once() {
+        let r = Runstate { state: 2, entry_time_ns: 100, time_ns: [1, 2, 3, 4] };
+        let at = r.at(150);
+        assert_eq!(at.time_ns, [1, 2, 53, 4]);
+        assert_eq!(at.at(150), at);
+        assert_eq!(r.at(90).time_ns, r.time_ns, "time never goes back");
+    }
+
+    #[test]
+    fn the_steps_are_listed_in_their_order() {
+        assert!(GtStep::ALL.is_sorted());
+    }
 }

@@ -21,7 +21,7 @@ pub trait Hypervisor: Send + Sync {
 
     fn host_info(&self) -> Result<HostInfo>;
 
-    /// The hypervisor's `NOW()`, exactly as it would stamp it for a guest without offset.
+    /// The hypervisor's `NOW()`, what it tells a guest without clock offset.
     fn now(&self) -> Result<SystemTimeNs>;
 
     fn host_cpu_policy(&self, which: HostPolicy) -> Result<CpuPolicy>;
@@ -187,7 +187,8 @@ pub trait Hypervisor: Send + Sync {
     /// All of it. The domain should be paused, or parts will not fit each other. `Unsupported` if the extension is not loaded.
     fn gt_state(&self, dom: DomId) -> Result<GtState>;
 
-    /// Puts one step's part of `state` into a paused domain. All or nothing: an error changes nothing.
+    /// Puts one step's part of `state` into a paused domain. The error names the value that was refused. An error leaves nothing changed, but
+    /// for [`GtStep::Ports`], [`GtStep::EmuIrqs`], and running out of memory: such a domain is not used any further.
     fn set_gt_state(&self, dom: DomId, step: GtStep, state: &GtState) -> Result<()>;
 }
 
