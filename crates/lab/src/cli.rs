@@ -1,0 +1,53 @@
+//! The command line.
+
+mod exec;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Two emulated Xen hosts on one machine.
+#[derive(Debug, Parser)]
+#[command(name = "ferry-lab", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boot hosts, run a script in the first one's dom0, and exit with its exit code.
+    Exec(exec::Options),
+}
+
+/// What every command that boots hosts takes.
+#[derive(Debug, Args)]
+struct Common {
+    /// Folder for the run's logs.
+    #[arg(long, value_name = "DIR", default_value = "target/lab-run")]
+    run_dir: PathBuf,
+    /// Wait this many seconds if another lab runs.
+    #[arg(long, value_name = "SECONDS")]
+    wait: Option<u64>,
+    /// End everything after this many seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    time_limit: u64,
+}
+
+impl Common {
+    fn wait(&self) -> Option<Duration> {
+        self.wait.map(Duration::from_secs)
+    }
+
+    fn time_limit(&self) -> Duration {
+        Duration::from_secs(self.time_limit)
+    }
+}
+
+pub fn main() -> Result<ExitCode> {
+    match Cli::parse().command {
+        Command::Exec(options) => exec::run(&options),
+    }
+}
