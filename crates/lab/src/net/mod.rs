@@ -1,7 +1,9 @@
 //! The lab's network: a learning switch and a TCP/IP peer, both inside our own process, so that every frame is counted
 //! and timed from outside the guest.
 
+pub mod flow;
 pub mod pcap;
+pub mod peer;
 pub mod ports;
 pub mod switch;
 

@@ -89,6 +89,9 @@ fn check_guests(scenario: &Scenario, disks: &Names<'_>) -> Checked {
             let message = "vif: a witness reports over the network and needs a [[guest.vif]]".to_owned();
             return misfit(&guest.name, message);
         }
+        if let Err((span, message)) = guest.workload.settings() {
+            return Err(Misfit { span, message });
+        }
         for vif in &guest.vifs {
             if vif.mac.get_ref().is_group() {
                 return misfit(&vif.mac, format!("mac: {} is a group address", vif.mac.get_ref()));

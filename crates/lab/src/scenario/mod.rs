@@ -131,8 +131,12 @@ pub struct Guest {
     pub vifs: Vec<Vif>,
     #[serde(default, rename = "vbd")]
     pub vbds: Vec<Vbd>,
+    /// The witness's settings.
     #[serde(default)]
     pub workload: Workload,
+    /// What the peer sends to it.
+    #[serde(default)]
+    pub peer: PeerLoad,
 }
 
 /// A virtual network card. A witness uses the first to talk and the second, if there is one, only to receive.
@@ -156,61 +160,56 @@ pub struct Vbd {
     pub read_only: bool,
 }
 
-/// What the witness does. A rate of 0 leaves that load out, and the promises that it exercises are then not exercised.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Workload {
-    /// Time between two reports.
-    pub report_every: Span,
-    /// Region of memory that is filled by a seeded generator and checked.
-    pub memory: Size,
-    /// Pages of it rewritten in a second.
-    pub memory_churn: u32,
-    /// Journal records written and fsynced in a second.
-    pub journal: u32,
-    /// Requests in flight at once that rewrite sectors with rising versions.
-    pub rewrite_depth: u32,
-    /// Such rewrites in a second.
-    pub rewrites: u32,
-    /// TCP messages that the peer sends, and the guest answers, in a second.
-    pub tcp: u32,
-    /// Length of each, bytes.
-    pub tcp_bytes: u32,
-    /// UDP datagrams in a second, each way.
-    pub udp: u32,
-    /// Datagrams in a second to the address that only receives.
-    pub quiet_udp: u32,
-    /// Expiries of the guest's timer in a second.
-    pub timer: u32,
-    /// Reads of the guest's xenstore view in a second.
-    pub xenstore: u32,
-    /// Writes in a second to nodes that the guest watches.
-    pub watches: u32,
-    /// Hold a xenstore transaction open all the time.
-    pub transaction: bool,
-    /// Threads that keep patterns in their registers.
-    pub registers: u32,
+/// What the witness does: its own settings ([`witness::config::Config`]), but those that the lab itself decides.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(transparent)]
+pub struct Workload(BTreeMap<String, Spanned<toml::Value>>);
+
+impl Workload {
+    /// Keys that the lab itself sets.
+    pub const TAKEN: [&str; 6] = ["addr", "dev", "peer", "port", "rx", "rxdev"];
+
+    /// The witness's settings; the error says where and why.
+    pub(crate) fn settings(&self) -> Result<witness::config::Config, (Range<usize>, String)> {
+        let mut config = witness::config::Config::default();
+        for (key, value) in &self.0 {
+            let setting = key.replace('-', "_");
+            if Self::TAKEN.contains(&setting.as_str()) {
+                return Err((value.span(), format!("{key}: the lab itself sets it")));
+            }
+            let text = match value.get_ref() {
+                toml::Value::String(text) => text.clone(),
+                toml::Value::Integer(number) => number.to_string(),
+                _ => return Err((value.span(), format!("{key}: want a number or a text"))),
+            };
+            config.set(&setting, &text).map_err(|error| match error {
+                witness::config::ConfigError::Key(_) => {
+                    let keys = witness::config::Config::KEYS;
+                    let known: Vec<_> = keys.iter().filter(|k| !Self::TAKEN.contains(k)).copied().collect();
+                    (value.span(), format!("{key}: the witness has no such setting (there is: {})", known.join(", ")))
+                }
+                error => (value.span(), error.to_string()),
+            })?;
+        }
+        Ok(config)
+    }
 }
 
-impl Default for Workload {
+/// What the peer sends to the guest by itself, packets a second; 0 is none.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct PeerLoad {
+    /// Frames on the TCP connection that the peer opens; the guest sends them back.
+    pub tcp: u32,
+    /// Datagrams that the guest sends back.
+    pub udp: u32,
+    /// Datagrams to the address that only receives.
+    pub quiet: u32,
+}
+
+impl Default for PeerLoad {
     fn default() -> Self {
-        Self {
-            report_every: Span(std::time::Duration::from_secs(2)),
-            memory: Size::mib(32),
-            memory_churn: 500,
-            journal: 10,
-            rewrite_depth: 32,
-            rewrites: 100,
-            tcp: 20,
-            tcp_bytes: 256,
-            udp: 50,
-            quiet_udp: 20,
-            timer: 1000,
-            xenstore: 2,
-            watches: 2,
-            transaction: true,
-            registers: 1,
-        }
+        Self { tcp: 20, udp: 20, quiet: 20 }
     }
 }
 

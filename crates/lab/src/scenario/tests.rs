@@ -53,7 +53,8 @@ fn a_good_one_is_read() {
     assert_eq!((s.hosts.len(), s.steps.len()), (2, 6));
     assert_eq!(s.hosts[1].used_domids, 3);
     let guest = s.guest("g").unwrap();
-    assert_eq!((guest.workload.tcp, guest.workload.udp), (5, Workload::default().udp));
+    let settings = guest.workload.settings().unwrap();
+    assert_eq!((settings.tcp, settings.udp), (5, witness::config::Config::default().udp));
     assert_eq!(guest.cpuid, "host,rdtscp=0");
     assert_eq!(s.expect.of(Promise::T1), Expected::Fail);
     assert_eq!(s.expect.of(Promise::S1), Expected::Any);
@@ -66,7 +67,9 @@ fn errors_name_the_line_and_the_key() {
         ("used-domids = 3", "used-domid = 3", "used-domid"),
         ("used-domids = 3", "used-domids = \"x\"", "used-domids"),
         ("tcp = 5", "tpc = 5", "tpc"),
-        ("tcp = 5", "tcp = -5", "-5"),
+        ("tcp = 5", "tcp = -5", "from 0 to 10000"),
+        ("tcp = 5", "tcp = []", "want a number"),
+        ("tcp = 5", "peer = \"10.0.0.1\"", "peer: the lab itself sets it"),
         ("sleep = \"2s\"", "sleep = \"2 s\"", "2 s"),
         ("sleep = \"2s\"", "slumber = \"2s\"", "slumber"),
         ("sleep = \"2s\"", "sleep = 2", "duration"),

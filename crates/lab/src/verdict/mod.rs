@@ -2,6 +2,7 @@
 //! evidence.
 
 use serde::{Deserialize, Serialize};
+pub use witness::judge::Outcome;
 
 /// A promise of the design. The tests name them by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -34,33 +35,22 @@ impl Promise {
         Promise::T10,
         Promise::S1,
     ];
-
-    /// What it promises, in a few words.
-    pub fn title(self) -> &'static str {
-        match self {
-            Promise::T1 => "domid, uuid and name",
-            Promise::T2 => "xenstore nodes and permissions",
-            Promise::T3 => "watches and transactions",
-            Promise::T4 => "event channels",
-            Promise::T5 => "grant table",
-            Promise::T6 => "shared info, vCPU info, upcalls",
-            Promise::T7 => "clocks and timers",
-            Promise::T8 => "ring requests and disk writes",
-            Promise::T9 => "TCP connections and network place",
-            Promise::T10 => "memory and vCPU state",
-            Promise::S1 => "one running copy",
-        }
-    }
 }
 
-/// How a promise came out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Outcome {
-    /// It was put to the test and held.
-    Pass,
-    /// It was put to the test and did not hold.
-    Fail,
-    /// Nothing in the run put it to the test.
-    NotExercised,
+impl From<witness::report::Promise> for Promise {
+    fn from(promise: witness::report::Promise) -> Promise {
+        use witness::report::Promise as W;
+        match promise {
+            W::T1 => Promise::T1,
+            W::T2 => Promise::T2,
+            W::T3 => Promise::T3,
+            W::T4 => Promise::T4,
+            W::T5 => Promise::T5,
+            W::T6 => Promise::T6,
+            W::T7 => Promise::T7,
+            W::T8 => Promise::T8,
+            W::T9 => Promise::T9,
+            W::T10 => Promise::T10,
+        }
+    }
 }
