@@ -58,7 +58,7 @@ pub fn set_up() -> Result<()> {
         "/run/xenstored",
         "/var/lib/xen",
         "/var/lib/xenstored",
-        "/var/log/xen",
+        "/var/log/xen/console",
         "/root",
         "/tmp",
     ] {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 /// Name of the bridge that xl.conf uses by default.
 const BRIDGE: &str = "xenbr0";
 const XENSTORED_SOCKET: &str = "/run/xenstored/socket";
+const CONSOLED_PID: &str = "/run/xenconsoled.pid";
 const STARTED: &str = "/run/lab-started";
 
 /// Starts everything; the error names the step that failed.
@@ -48,10 +49,30 @@ pub fn start(how: &Start) -> Result<Done> {
         std::thread::sleep(Duration::from_millis(20));
     }
     run(&[&format!("{tree}/bin/xen-init-dom0")])?;
-    let consoled =
-        [format!("{tree}/bin/xenconsoled"), "--log=all".to_owned(), "--pid-file=/run/xenconsoled.pid".to_owned()];
+    let consoled = [format!("{tree}/bin/xenconsoled"), "--log=guest".to_owned(), format!("--pid-file={CONSOLED_PID}")];
     daemon(&consoled, "/var/log/xen/xenconsoled.log").context("xenconsoled")?;
+    wait_for_console(Duration::from_secs(30))?;
     Ok(Done::Ok)
+}
+
+/// xenconsoled puts itself in the background before it is done setting up and tells only syslog why it gave up, so
+/// that its process must be seen to stay.
+fn wait_for_console(limit: Duration) -> Result<()> {
+    let end = Instant::now() + limit;
+    loop {
+        let pid = fs::read_to_string(CONSOLED_PID).unwrap_or_default();
+        if !pid.trim().is_empty() {
+            std::thread::sleep(Duration::from_millis(100));
+            if fs::exists(format!("/proc/{}", pid.trim())).unwrap_or(false) {
+                return Ok(());
+            }
+            bail!("xenconsoled gave up right after its start; the reason is on dom0's console");
+        }
+        if Instant::now() > end {
+            bail!("xenconsoled did not come up within {} s", limit.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Runs a program that puts itself in the background, or that stays: both are fine.

@@ -3,9 +3,11 @@
 use super::Common;
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use lab::host::{Assets, Disk, Host, HostConfig, HostFile};
+use lab::host::{Assets, Disk, Host, HostConfig, HostFile, Nic};
 use lab::image::guest;
 use lab::lock::Lock;
+use lab::net::RunClock;
+use lab::net::ports::Network;
 use lab::process::{self, Scratch};
 use lab_agent::frame::Kind;
 use lab_agent::message::{Done, Exec, Failed, Request};
@@ -18,6 +20,8 @@ use std::time::Duration;
 
 /// Serial number of the shared disk.
 const SHARED: &str = "shared";
+/// The hosts' names, in the order of their addresses 10.9.0.1, 10.9.0.2, …
+const NAMES: [&str; 4] = ["a", "b", "c", "d"];
 
 #[derive(Debug, Args)]
 pub struct Options {
@@ -50,7 +54,11 @@ pub struct Options {
     /// Run this xenstored instead of the stock one (a path in dom0 and its arguments).
     #[arg(long, value_name = "COMMAND")]
     xenstored: Option<String>,
-    /// The script: a file on this machine, run by bash in the first dom0.
+    /// Run another script in another host's dom0 (b, c, d) at the same time; its output goes to HOST/script.log in the
+    /// run's folder. It is killed when the first one ends. May be given once for each host.
+    #[arg(long, value_name = "HOST=SCRIPT")]
+    on: Vec<String>,
+    /// The script: a file on this machine, run by bash in the first dom0 (host a).
     #[arg(value_name = "SCRIPT")]
     script: PathBuf,
     /// The script's arguments.
@@ -75,6 +83,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if let Some(init) = &options.guest {
         files.extend(guest_files(&assets, init, scratch.path())?);
     }
+    let others = options
+        .on
+        .iter()
+        .map(|on| on.split_once('=').with_context(|| format!("--on {on} is not HOST=SCRIPT")))
+        .collect::<Result<Vec<_>>>()?;
+    let mut network = Network::start(RunClock::start(), None).context("start the switch")?;
     let mut disks = Vec::new();
     if let Some(size) = options.shared_disk {
         let image = scratch.path().join("shared.raw");
@@ -84,8 +98,16 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         disks.push(Disk { serial: SHARED.to_owned(), image });
     }
     let mut hosts = Vec::new();
-    for name in ["a", "b", "c", "d"].iter().take(usize::from(options.hosts)) {
+    for (number, name) in (1u8..).zip(NAMES.iter().take(usize::from(options.hosts))) {
+        let nic = Nic {
+            mac: [0x02, 0, 0, 0, 0, number],
+            local: scratch.path().join(format!("{name}.card")),
+            remote: scratch.path().join(format!("{name}.switch")),
+        };
+        network.add_card(name, &nic.remote, &nic.local).context("add a port to the switch")?;
         let config = HostConfig {
+            nic: Some(nic),
+            address: Some(format!("10.9.0.{number}/24")),
             memory_mib: options.memory,
             dom0_memory_mib: options.dom0_memory,
             xen_options: options.xen_options.clone(),
@@ -101,6 +123,13 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     let first = hosts.first().context("there is no host")?;
     first.put(&script, "/root/script", 0o755)?;
+    for (name, script) in others {
+        let host = hosts.iter().find(|host| host.name() == name).with_context(|| format!("--on: no host {name}"))?;
+        host.put(&fs::read(script).with_context(|| format!("read {script}"))?, "/root/script", 0o755)?;
+        let argv = vec!["bash".to_owned(), "/root/script".to_owned()];
+        let program = Exec { argv, background: Some("/var/log/script.log".to_owned()), ..Exec::default() };
+        host.exec(&program)?;
+    }
     let mut argv = vec!["bash".to_owned(), "/root/script".to_owned()];
     argv.extend(options.arguments.iter().cloned());
     let code = stream_out(first, Exec { argv, ..Exec::default() })?;
@@ -108,6 +137,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         first.get_file(remote, Path::new(local))?;
     }
     for host in &hosts {
+        if let Ok(log) = host.get("/var/log/script.log") {
+            fs::write(host.directory().join("script.log"), log).context("keep a script's output")?;
+        }
         host.collect_logs();
     }
     Ok(ExitCode::from(code))
