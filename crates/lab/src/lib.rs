@@ -16,4 +16,5 @@ pub mod process;
 pub mod progress;
 pub mod qemu;
 pub mod scenario;
+pub mod steps;
 pub mod verdict;

@@ -1,8 +1,17 @@
 //! From what was seen inside and outside the guest to each promise of the design: pass, fail or not exercised, with the
 //! evidence.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
+use witness::disk::JournalFault;
 pub use witness::judge::Outcome;
+use witness::judge::{Calm, Evidence, Outside};
+use witness::report::Snapshot;
+
+use crate::net::peer::{GuestView, Received};
+use crate::net::switch::SwitchReport;
+use crate::steps::{GuestRecord, Move};
 
 /// A promise of the design. The tests name them by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -54,3 +63,225 @@ impl From<witness::report::Promise> for Promise {
         }
     }
 }
+
+/// A promise, and how it came out in this run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Judged {
+    pub promise: Promise,
+    pub outcome: Outcome,
+    /// What broke it first, then what was looked at.
+    pub evidence: Vec<String>,
+}
+
+/// All that is known of one guest with a witness.
+#[derive(Clone, Debug)]
+pub struct Seen<'a> {
+    pub guest: &'a str,
+    pub record: &'a GuestRecord,
+    pub moves: Vec<&'a Move>,
+    pub view: &'a GuestView,
+    pub switch: &'a SwitchReport,
+    /// What is wrong with the journal on the disk; `None` if nobody looked.
+    pub journal: Option<Vec<JournalFault>>,
+    /// The last look of the run.
+    pub last: Option<&'a Received<Snapshot>>,
+}
+
+/// Shortest time before a move from which the allowance for emulation is taken.
+const LEAST_CALM: Duration = Duration::from_secs(5);
+/// How long after the tool's end a silence still counts to the move.
+const AFTERMATH: Duration = Duration::from_secs(3);
+
+/// One stretch of the run, from one look at the guest to another.
+struct Leg<'a> {
+    title: String,
+    before: &'a Received<Snapshot>,
+    after: &'a Received<Snapshot>,
+    entry: Option<&'a Move>,
+}
+
+/// Judges one guest.
+pub fn judge(seen: &Seen<'_>) -> Vec<Judged> {
+    let mut judged: Vec<Judged> = Promise::ALL
+        .into_iter()
+        .map(|promise| Judged { promise, outcome: Outcome::NotExercised, evidence: Vec::new() })
+        .collect();
+    let (legs, silent) = legs(seen);
+    let calm = calm(seen);
+    for leg in &legs {
+        let anomalies: Vec<_> = seen.view.anomalies.iter().map(|a| a.body.clone()).collect();
+        // Each leg is judged by what was noticed until its end.
+        let anomalies: Vec<_> = anomalies.into_iter().filter(|a| a.mono_ns <= leg.after.mono_ns).collect();
+        let evidence = Evidence {
+            before: &leg.before.body,
+            after: &leg.after.body,
+            anomalies: &anomalies,
+            window: leg.entry.and_then(|m| m.window),
+            outside: outside(seen, leg),
+            calm,
+        };
+        for verdict in witness::judge::judge(&evidence) {
+            let evidence = verdict.evidence.into_iter().map(|text| format!("{}{text}", leg.title));
+            add(&mut judged, verdict.promise.into(), verdict.outcome, evidence.collect());
+        }
+    }
+    for text in silent {
+        for promise in [Promise::T9, Promise::T10] {
+            add(&mut judged, promise, Outcome::Fail, vec![text.clone()]);
+        }
+    }
+    add_outside(&mut judged, seen);
+    judged
+}
+
+/// A failure stays, whatever else passes.
+fn add(judged: &mut [Judged], promise: Promise, outcome: Outcome, evidence: Vec<String>) {
+    let Some(entry) = judged.iter_mut().find(|j| j.promise == promise) else { return };
+    match (entry.outcome, outcome) {
+        (Outcome::Fail, _) | (_, Outcome::NotExercised) => entry.evidence.extend(evidence),
+        (_, Outcome::Fail) => {
+            entry.outcome = outcome;
+            entry.evidence.splice(0..0, evidence);
+        }
+        _ => {
+            entry.outcome = outcome;
+            entry.evidence.extend(evidence);
+        }
+    }
+}
+
+fn legs<'a>(seen: &Seen<'a>) -> (Vec<Leg<'a>>, Vec<String>) {
+    let (mut legs, mut silent) = (Vec::new(), Vec::new());
+    if seen.moves.is_empty() {
+        match (&seen.record.first, seen.last) {
+            (Some(before), Some(after)) if before.at < after.at => {
+                legs.push(Leg { title: String::new(), before, after, entry: None });
+            }
+            _ => silent.push("the guest was not looked at twice".to_owned()),
+        }
+    }
+    for (index, entry) in seen.moves.iter().enumerate() {
+        let title = if seen.moves.len() > 1 { format!("move {}: ", index + 1) } else { String::new() };
+        match (&entry.before, entry.after.as_ref()) {
+            (Some(before), Some(after)) => legs.push(Leg { title, before, after, entry: Some(entry) }),
+            (None, _) => silent.push(format!("{title}the guest was not looked at before {}", entry.how)),
+            (_, None) => silent.push(format!("{title}the guest has not reported since {}", entry.how)),
+        }
+    }
+    (legs, silent)
+}
+
+/// The allowance for what emulation alone does: from the quiet time before the first move.
+fn calm(seen: &Seen<'_>) -> Calm {
+    let first_move = seen.moves.first().and_then(|m| m.before.as_ref());
+    match (&seen.record.first, first_move) {
+        (Some(first), Some(before)) if before.at.saturating_sub(first.at) >= LEAST_CALM => {
+            Calm::from_control(&first.body, &before.body)
+        }
+        _ => Calm::default(),
+    }
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// The silence of the guest's UDP stream that belongs to a move.
+pub fn udp_silence(view: &GuestView, entry: &Move) -> Option<Duration> {
+    let ended = entry.ended?;
+    view.udp_stream.longest_within(entry.began, ended + AFTERMATH).map(|s| s.length())
+}
+
+/// The silence of the guest's TCP stream that belongs to a move.
+pub fn tcp_silence(view: &GuestView, entry: &Move) -> Option<Duration> {
+    let ended = entry.ended?;
+    view.tcp_stream.longest_within(entry.began, ended + AFTERMATH).map(|s| s.length())
+}
+
+/// The largest gap that the guest saw in its own clock around a move.
+pub fn clock_gap(entry: &Move) -> Option<Duration> {
+    let (window, after) = (entry.window?, entry.after.as_ref()?);
+    let gaps = after.body.clocks.gaps.iter();
+    let within = gaps.filter(|g| g.at_ns <= window.to_ns && g.at_ns.saturating_add(g.mono_ns) >= window.from_ns);
+    within.map(|g| Duration::from_nanos(g.mono_ns)).max()
+}
+
+fn outside(seen: &Seen<'_>, leg: &Leg<'_>) -> Outside {
+    let view = seen.view;
+    let (accepted, broken) = leg.entry.map_or((1, 0), |m| (m.at_start.tcp_accepted, m.at_start.tcp_broken));
+    // What the guest counted on its second address, from the first report after the move (or after the first look).
+    let since = leg.entry.map_or(Some(leg.before.at), |m| m.ended);
+    let start = since.and_then(|since| view.beats.iter().find(|b| b.at > since));
+    let got = start.map(|beat| leg.after.body.counters.rx.saturating_sub(beat.body.rx));
+    let sent = start.and_then(|beat| {
+        let time = leg.after.at.checked_sub(beat.at)?;
+        Some((time.as_secs_f64() * view.quiet_rate) as u64).filter(|n| *n > 0)
+    });
+    Outside {
+        blackout_ns: leg.entry.and_then(|m| udp_silence(view, m)).map(nanos),
+        tcp_alive: Some(view.tcp_accepted == accepted && view.tcp_broken == broken),
+        receive_only_sent_after: sent,
+        receive_only_got_after: got.filter(|_| sent.is_some()),
+        journal: seen.journal.clone(),
+    }
+}
+
+/// What switch and peer saw, which no guest can.
+fn add_outside(judged: &mut [Judged], seen: &Seen<'_>) {
+    let view = seen.view;
+    if view.restarts > 0 {
+        let text = format!("the guest was started anew {} times", view.restarts);
+        add(judged, Promise::T10, Outcome::Fail, vec![text]);
+    }
+    for (name, flow) in [
+        ("guest's UDP stream", &view.udp_stream),
+        ("guest's TCP stream", &view.tcp_stream),
+        ("echo of the peer's UDP stream", &view.udp_echo),
+        ("echo of the peer's TCP stream", &view.tcp_echo),
+    ] {
+        if flow.counts.corrupt > 0 {
+            let text = format!("{name}: {} packets were damaged", flow.counts.corrupt);
+            add(judged, Promise::T9, Outcome::Fail, vec![text]);
+        }
+    }
+    let mut broken = Vec::new();
+    let mut looked = Vec::new();
+    for double in seen.switch.double_senders.iter().filter(|d| d.owner == seen.guest) {
+        let port = |id: crate::net::switch::PortId| seen.switch.ports.get(id.0).map_or("?", |p| &p.name);
+        broken.push(format!(
+            "{} was heard on {} again at {:.3} s, after it had moved to {} (last heard there at {:.3} s), in {}",
+            double.mac,
+            port(double.port),
+            double.heard_again.as_secs_f64(),
+            port(double.moved_to),
+            double.last_on_moved_to.as_secs_f64(),
+            double.epoch
+        ));
+    }
+    if view.udp_stream.counts.conflicting > 0 {
+        broken.push(format!(
+            "{} numbers of the guest's UDP stream came twice with different time stamps: two copies count on",
+            view.udp_stream.counts.conflicting
+        ));
+    }
+    for copies in &seen.record.copies {
+        let running = copies.running().len();
+        let into = if running > 1 { &mut broken } else { &mut looked };
+        into.push(copies.describe());
+    }
+    for station in seen.switch.stations.iter().filter(|s| s.owner == seen.guest) {
+        if let Some(port) = &station.port {
+            let moves = station.move_count;
+            looked.push(format!("{} was heard on one port at a time, last on {port}, {moves} moves", station.mac));
+        }
+    }
+    if !broken.is_empty() {
+        broken.extend(looked);
+        add(judged, Promise::S1, Outcome::Fail, broken);
+    } else if !seen.record.copies.is_empty() {
+        add(judged, Promise::S1, Outcome::Pass, looked);
+    }
+}
+
+#[cfg(test)]
+mod tests;

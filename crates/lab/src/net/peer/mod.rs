@@ -270,6 +270,8 @@ pub struct GuestView {
     pub udp_echo: FlowReport,
     /// Datagrams sent to the address that only receives.
     pub quiet_sent: u64,
+    /// So many of them a second; 0 if the guest has no such address.
+    pub quiet_rate: f64,
     /// Stream connections that the guest opened: more than one is a connection that did not go on.
     pub tcp_accepted: u64,
     /// Connections that broke.
@@ -455,6 +457,7 @@ impl Peer {
                 tcp_echo: k.tcp_echo.report(now),
                 udp_echo: k.udp_echo.report(now),
                 quiet_sent: k.quiet.sent,
+                quiet_rate: if link.quiet.is_some() { f64::from(link.rates.quiet) } else { 0.0 },
                 tcp_accepted: k.tcp_accepted,
                 tcp_broken: k.tcp_broken,
                 restarts: k.restarts,

@@ -17,7 +17,7 @@ const QUIET: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 11);
 const GUEST_MAC: Mac = Mac([0, 0x16, 0x3e, 0, 0, 1]);
 const QUIET_MAC: Mac = Mac([0, 0x16, 0x3e, 0, 0, 2]);
 const BASE: u16 = witness::wire::DEFAULT_PORT;
-const LIMIT: Duration = Duration::from_secs(5);
+const LIMIT: Duration = Duration::from_secs(30);
 
 struct Card(LocalPort, std::collections::VecDeque<Arc<[u8]>>);
 struct Rx(Arc<[u8]>);

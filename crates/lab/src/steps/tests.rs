@@ -1,0 +1,191 @@
+//! The executor with hosts that answer from a script.
+
+use std::sync::Mutex;
+
+use super::host::End;
+use super::*;
+use crate::net::peer::Peer;
+
+type Answer = (&'static str, i32, &'static str);
+
+struct FakeHost {
+    name: &'static str,
+    /// What a script that holds the text answers: exit code and output. The first that fits counts.
+    answers: Vec<Answer>,
+    log: Mutex<Vec<String>>,
+}
+
+impl LabHost for FakeHost {
+    fn name(&self) -> &str {
+        self.name
+    }
+    fn shell(&self, script: &str, _: Duration) -> Result<Ran> {
+        self.log.lock().unwrap().push(script.to_owned());
+        let answer = self.answers.iter().find(|(text, ..)| script.contains(text));
+        let (_, code, text) = answer.copied().unwrap_or(("", 0, ""));
+        if text == "slow" {
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        Ok(Ran { end: End::Exited(code), stdout: text.to_owned(), stderr: String::new() })
+    }
+    fn put(&self, bytes: &[u8], path: &str, _: u32) -> Result<()> {
+        self.log.lock().unwrap().push(format!("put {path}\n{}", String::from_utf8_lossy(bytes)));
+        Ok(())
+    }
+    fn get(&self, path: &str) -> Result<Vec<u8>> {
+        Ok(format!("contents of {path}").into_bytes())
+    }
+    fn pause(&self) -> Result<()> {
+        self.log.lock().unwrap().push("PAUSE".to_owned());
+        Ok(())
+    }
+    fn resume(&self) -> Result<()> {
+        self.log.lock().unwrap().push("RESUME".to_owned());
+        Ok(())
+    }
+    fn kill(&self) {
+        self.log.lock().unwrap().push("KILL".to_owned());
+    }
+    fn console_tail(&self) -> String {
+        format!("  last lines of {}'s console", self.name)
+    }
+}
+
+struct Done {
+    result: Result<()>,
+    results: Vec<StepResult>,
+    moves: Vec<Move>,
+    logs: [Vec<String>; 2],
+    cut: bool,
+    folder: tempfile::TempDir,
+}
+
+fn run(steps: &str, a: Vec<Answer>, b: Vec<Answer>) -> Done {
+    let text = format!(
+        "about = \"x\"\n[[host]]\nname = \"a\"\n[[host]]\nname = \"b\"\n[[guest]]\nname = \"g\"\nwitness = false\n\
+         [[guest.vif]]\nmac = \"00:16:3e:00:00:01\"\n[[guest]]\nname = \"w\"\n[[guest.vif]]\n\
+         mac = \"00:16:3e:00:00:02\"\n{steps}"
+    );
+    let scenario = Scenario::parse(Path::new("x.toml"), &text).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let clock = RunClock::start();
+    let mut network = Network::start(clock, None).unwrap();
+    network.add_local("a").unwrap();
+    network.add_local("b").unwrap();
+    let (_, port) = network.add_local("peer").unwrap();
+    let peer = Peer::start(port, clock, plan::peer_config(&scenario, None)).unwrap();
+    let fakes =
+        [("a", a), ("b", b)].map(|(name, answers)| Arc::new(FakeHost { name, answers, log: Mutex::new(Vec::new()) }));
+    let hosts: Vec<Arc<dyn LabHost>> = fakes.iter().map(|h| h.clone() as Arc<dyn LabHost>).collect();
+    let disks = BTreeMap::new();
+    let base = folder.path();
+    let lab = Lab {
+        scenario: &scenario,
+        hosts: &hosts,
+        network: &network,
+        peer: &peer,
+        clock,
+        apart: Duration::from_millis(1),
+        disks: &disks,
+        base,
+        folder: base,
+    };
+    let mut executor = Executor::new(lab);
+    let result = executor.run(&|_, _| Ok(()));
+    let port = network.switch().port_by_name("b").unwrap();
+    let cut = !network.switch().cable_mut(port).unwrap().up;
+    let (results, moves) = (executor.results, executor.moves);
+    let logs = fakes.map(|fake| fake.log.lock().unwrap().clone());
+    Done { result, results, moves, logs, cut, folder }
+}
+
+const CREATE: &str = "[[step]]\ncreate = { guest = \"g\", on = \"a\" }\n";
+const XL: &str = "[[step]]\nmigrate = { guest = \"g\", to = \"b\", tool = \"xl\" }\n";
+
+#[test]
+fn a_guest_is_created_and_moved() {
+    let done = run(&format!("{CREATE}{XL}"), vec![("xl migrate", 0, "done")], vec![]);
+    done.result.unwrap();
+    assert!(done.logs[0][0].starts_with("put /root/lab/g.cfg\nname = \"g\""));
+    assert_eq!(done.logs[0][1], "xl create '/root/lab/g.cfg'");
+    assert_eq!(done.logs[0][2], "xl migrate -s /root/lab/lab-remote  'g' 10.77.0.102");
+    let it = &done.moves[0];
+    assert_eq!((it.from.as_str(), it.to.as_str(), it.moved, it.output.as_str()), ("a", "b", true, "done"));
+    assert_eq!(done.results.len(), 2);
+    assert!(done.results[1].what.contains("xl migrate g from a to b"), "{}", done.results[1].what);
+}
+
+#[test]
+fn a_failed_step_ends_the_run_and_shows_the_logs() {
+    let steps = format!("{CREATE}[[step]]\nsleep = \"1ms\"\n");
+    let answers = vec![("xl create", 3, "libxl: no memory"), ("tail -n 10", 0, "from the guest's log")];
+    let done = run(&steps, answers, vec![]);
+    let error = format!("{:#}", done.result.unwrap_err());
+    for want in ["step 1/2 failed: create g on a", "exit code 3", "no memory", "from the guest's log", "a's console"] {
+        assert!(error.contains(want), "{want} in {error}");
+    }
+    assert_eq!(done.results.len(), 1);
+}
+
+#[test]
+fn a_migration_must_end_as_the_scenario_says() {
+    let fails = || vec![("xl migrate", 1, "broken pipe")];
+    let text = format!("{CREATE}{XL}");
+    assert!(run(&text, fails(), vec![]).result.is_err());
+    let stays = XL.replace("tool", "end = \"stays\", expect = \"pipe\", tool");
+    let done = run(&format!("{CREATE}{stays}"), fails(), vec![("xl domid", 1, "")]);
+    done.result.unwrap();
+    assert!(!done.moves[0].moved);
+    // It did not fail, or the guest is gone from the source, or the text is missing.
+    assert!(run(&format!("{CREATE}{stays}"), vec![], vec![]).result.is_err());
+    let gone = vec![("xl migrate", 1, "broken pipe"), ("xl domid", 1, "")];
+    assert!(run(&format!("{CREATE}{stays}"), gone, vec![]).result.is_err());
+    assert!(run(&format!("{CREATE}{stays}"), vec![("xl migrate", 1, "other")], vec![]).result.is_err());
+    // The tool says yes, but the guest did not arrive.
+    assert!(run(&text, vec![], vec![("xl domid", 1, "")]).result.is_err());
+}
+
+#[test]
+fn steps_go_on_while_one_runs_in_the_background() {
+    let background = XL.replace("tool", "background = \"m\", tool");
+    let steps =
+        format!("{CREATE}{background}[[step]]\ncut = {{ host = \"b\" }}\n[[step]]\njoin = {{ name = \"m\" }}\n");
+    let done = run(&steps, vec![("xl migrate", 0, "slow")], vec![]);
+    done.result.unwrap();
+    assert!(done.cut);
+    assert!(done.results[1].took < Duration::from_millis(800), "{:?}", done.results[1].took);
+    assert!(done.moves[0].ended.unwrap() - done.moves[0].began >= Duration::from_secs(1));
+}
+
+#[test]
+fn commands_are_held_against_what_is_expected() {
+    let exec = |rest: &str| format!("[[step]]\nexec = {{ on = \"a\", run = \"thing\"{rest} }}\n");
+    let answers = |code, text| vec![("thing", code, text)];
+    assert!(run(&exec(""), answers(0, "x"), vec![]).result.is_ok());
+    assert!(run(&exec(""), answers(1, "x"), vec![]).result.is_err());
+    assert!(run(&exec(", exit = 1"), answers(1, "x"), vec![]).result.is_ok());
+    assert!(run(&exec(", exit = -1"), answers(7, "x"), vec![]).result.is_ok());
+    assert!(run(&exec(", expect = \"yes\""), answers(0, "no"), vec![]).result.is_err());
+    assert!(run(&exec(", refuse = \"no\""), answers(0, "no"), vec![]).result.is_err());
+}
+
+#[test]
+fn a_witness_that_does_not_report_fails_the_wait() {
+    let steps =
+        "[[step]]\ncreate = { guest = \"w\", on = \"b\" }\n[[step]]\nwait = { guest = \"w\", limit = \"50ms\" }\n";
+    let error = format!("{:#}", run(steps, vec![], vec![]).result.unwrap_err());
+    assert!(error.contains("guest w: not enough reports came"), "{error}");
+    assert!(error.contains("last lines of b's console"), "{error}");
+}
+
+#[test]
+fn hosts_and_files_are_handled() {
+    let steps = "[[step]]\npause-host = { host = \"a\" }\n[[step]]\nresume-host = { host = \"a\" }\n\
+                 [[step]]\nget = { on = \"b\", from = \"/x\", to = \"y\" }\n\
+                 [[step]]\nkill = { on = \"b\", process = \"ferryd\" }\n[[step]]\nkill-host = { host = \"a\" }\n";
+    let done = run(steps, vec![], vec![]);
+    done.result.unwrap();
+    assert_eq!(done.logs[0], ["PAUSE", "RESUME", "KILL"]);
+    assert!(done.logs[1][0].contains("pidof 'ferryd'"), "{}", done.logs[1][0]);
+    assert_eq!(std::fs::read_to_string(done.folder.path().join("y")).unwrap(), "contents of /x");
+}

@@ -1,0 +1,178 @@
+use witness::report::{Beat, Gap, Item};
+
+use super::*;
+use crate::net::Mac;
+use crate::net::flow::Silence;
+use crate::net::switch::{DoubleSender, PortId, PortReport, StationReport};
+use crate::steps::copies::{Copies, Listed};
+
+const MAC: Mac = Mac([0, 0x16, 0x3e, 0, 0, 1]);
+
+fn s(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+fn look(at: u64, domid: u16) -> Received<Snapshot> {
+    let mut body = Snapshot::default();
+    body.identity.domid_store = Item::Seen(domid);
+    body.identity.uuid_store = Item::Seen("u".to_owned());
+    body.counters = Beat { rx: at * 20, ..Beat::default() };
+    Received { at: s(at), mono_ns: nanos(s(at)), real_ns: 0, body }
+}
+
+fn listed(host: &str, seconds: f64) -> Listed {
+    Listed { host: host.to_owned(), name: "g".to_owned(), domid: 1, state: "r".to_owned(), seconds }
+}
+
+fn copies(after: Vec<Listed>) -> Copies {
+    let first = after.iter().map(|l| Listed { seconds: 1.0, ..l.clone() }).collect();
+    Copies { guest: "g".to_owned(), at: s(30), first, second: after, unseen: vec![] }
+}
+
+fn a_move(domid_after: u16) -> Move {
+    Move {
+        guest: "g".to_owned(),
+        how: "xl migrate",
+        from: "a".to_owned(),
+        to: "b".to_owned(),
+        began: s(20),
+        ended: Some(s(25)),
+        moved: true,
+        bytes: 1,
+        window: Some(witness::judge::Window { from_ns: nanos(s(20)), to_ns: nanos(s(26)) }),
+        output: String::new(),
+        at_start: Default::default(),
+        before: Some(look(19, 1)),
+        after: Some(look(40, domid_after)),
+    }
+}
+
+fn switch() -> SwitchReport {
+    let port =
+        |name: &str| PortReport { name: name.to_owned(), counters: Default::default(), cable: Default::default() };
+    let station = StationReport {
+        mac: MAC,
+        owner: "g".to_owned(),
+        port: Some("b".to_owned()),
+        last_heard: Some(s(40)),
+        moves: vec![],
+        move_count: 1,
+    };
+    SwitchReport {
+        ports: vec![port("a"), port("b")],
+        stations: vec![station],
+        double_senders: vec![],
+        double_sender_frames: 0,
+    }
+}
+
+fn outcome(moves: &[Move], record: &GuestRecord, view: &GuestView, switch: &SwitchReport, p: Promise) -> Judged {
+    let last = record.first.as_ref();
+    let seen = Seen { guest: "g", record, moves: moves.iter().collect(), view, switch, journal: Some(vec![]), last };
+    judge(&seen).into_iter().find(|j| j.promise == p).unwrap()
+}
+
+fn record() -> GuestRecord {
+    GuestRecord { on: Some("b".to_owned()), first: Some(look(5, 1)), copies: vec![copies(vec![listed("b", 2.0)])] }
+}
+
+#[test]
+fn the_guests_own_findings_count_for_each_move() {
+    let view = GuestView::default();
+    let is = |moves: &[Move]| outcome(moves, &record(), &view, &switch(), Promise::T1);
+    assert_eq!(is(&[a_move(1)]).outcome, Outcome::Pass);
+    let failed = is(&[a_move(1), a_move(4)]);
+    assert_eq!(failed.outcome, Outcome::Fail);
+    assert!(failed.evidence[0].contains("move 2: domid"), "{:?}", failed.evidence);
+    assert_eq!(is(&[a_move(4), a_move(1)]).outcome, Outcome::Fail, "a later pass heals nothing");
+}
+
+#[test]
+fn a_guest_that_is_silent_after_its_move_fails() {
+    let lost = Move { after: None, ..a_move(1) };
+    for promise in [Promise::T9, Promise::T10] {
+        let judged = outcome(std::slice::from_ref(&lost), &record(), &GuestView::default(), &switch(), promise);
+        assert_eq!(judged.outcome, Outcome::Fail);
+        assert!(judged.evidence[0].contains("has not reported since xl migrate"), "{:?}", judged.evidence);
+    }
+    let judged = outcome(&[lost], &record(), &GuestView::default(), &switch(), Promise::T1);
+    assert_eq!(judged.outcome, Outcome::NotExercised);
+}
+
+#[test]
+fn one_copy_at_a_time_is_judged_from_outside() {
+    let view = GuestView::default();
+    let is = |record: &GuestRecord, view: &GuestView, switch: &SwitchReport| {
+        outcome(&[a_move(1)], record, view, switch, Promise::S1).outcome
+    };
+    assert_eq!(is(&record(), &view, &switch()), Outcome::Pass);
+    assert_eq!(is(&GuestRecord { copies: vec![], ..record() }, &view, &switch()), Outcome::NotExercised);
+
+    let two = GuestRecord { copies: vec![copies(vec![listed("a", 1.5), listed("b", 2.0)])], ..record() };
+    assert_eq!(is(&two, &view, &switch()), Outcome::Fail);
+    let paused = GuestRecord { copies: vec![copies(vec![listed("a", 1.0), listed("b", 2.0)])], ..record() };
+    assert_eq!(is(&paused, &view, &switch()), Outcome::Pass);
+
+    let double = |owner: &str| {
+        let mut switch = switch();
+        switch.double_senders.push(DoubleSender {
+            mac: MAC,
+            owner: owner.to_owned(),
+            epoch: "x".to_owned(),
+            port: PortId(0),
+            heard_again: s(30),
+            moved_to: PortId(1),
+            last_on_moved_to: s(29),
+        });
+        switch
+    };
+    assert_eq!(is(&record(), &view, &double("g")), Outcome::Fail);
+    assert_eq!(is(&record(), &view, &double("another")), Outcome::Pass);
+
+    let mut twice = GuestView::default();
+    twice.udp_stream.counts.conflicting = 1;
+    assert_eq!(is(&record(), &twice, &switch()), Outcome::Fail);
+}
+
+#[test]
+fn damaged_packets_and_a_fresh_start_are_seen_from_outside() {
+    let mut view = GuestView { restarts: 1, ..GuestView::default() };
+    view.tcp_echo.counts.corrupt = 2;
+    for promise in [Promise::T9, Promise::T10] {
+        assert_eq!(outcome(&[a_move(1)], &record(), &view, &switch(), promise).outcome, Outcome::Fail, "{promise:?}");
+    }
+}
+
+#[test]
+fn silences_and_gaps_are_those_of_the_move() {
+    let mut view = GuestView::default();
+    view.udp_stream.silences =
+        vec![Silence { from: s(1), to: s(9) }, Silence { from: s(22), to: s(24) }, Silence { from: s(30), to: s(31) }];
+    let mut entry = a_move(1);
+    assert_eq!(udp_silence(&view, &entry), Some(s(2)));
+    assert_eq!(tcp_silence(&view, &entry), None);
+    let gap = |at, mono| Gap { at_ns: nanos(s(at)), mono_ns: mono, boot_ns: 0, real_ns: 0, tsc: 0 };
+    entry.after.as_mut().unwrap().body.clocks.gaps = vec![gap(5, 9_000_000_000), gap(23, 700), gap(24, 900)];
+    assert_eq!(clock_gap(&entry), Some(Duration::from_nanos(900)));
+}
+
+#[test]
+fn a_run_without_a_move_needs_two_looks() {
+    let mut record = record();
+    let view = GuestView::default();
+    let judged = outcome(&[], &record, &view, &switch(), Promise::T10);
+    assert_eq!(judged.outcome, Outcome::Fail, "the only look is the first");
+    let last = look(30, 1);
+    record.copies.clear();
+    let seen = Seen {
+        guest: "g",
+        record: &record,
+        moves: vec![],
+        view: &view,
+        switch: &switch(),
+        journal: None,
+        last: Some(&last),
+    };
+    let judged = judge(&seen);
+    assert_eq!(judged[0].outcome, Outcome::Pass);
+}
