@@ -140,7 +140,7 @@ pub struct Beat {
     pub tcp_back: u64,
     /// Times that the TCP connection broke.
     pub tcp_breaks: u64,
-    /// Longest time that nothing came back while something was out.
+    /// Longest time from sending a frame on the TCP stream to its coming back.
     pub tcp_max_ms: u64,
     /// Datagrams sent on the UDP stream.
     pub udp_sent: u64,
