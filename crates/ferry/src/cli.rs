@@ -20,6 +20,8 @@ pub struct Cli {
 pub enum Command {
     /// Write the manual pages, one file per command
     Man(commands::man::Args),
+    /// Look into saved domains and recorded migrations
+    Stream(commands::stream::Args),
 }
 
 const EXIT_CODES: &str = "\

@@ -1,11 +1,13 @@
 //! One module per subcommand: its `Args`, and a `run` that does it.
 
 pub mod man;
+pub mod stream;
 
 use crate::cli::{Cli, Command};
 
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Man(args) => man::run(args),
+        Command::Stream(args) => stream::run(args),
     }
 }
