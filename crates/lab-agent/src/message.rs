@@ -72,6 +72,9 @@ pub struct Start {
     /// Address of the bridge with prefix length, such as `10.9.0.1/24`.
     #[serde(default)]
     pub address: Option<String>,
+    /// Address of the network card.
+    #[serde(default)]
+    pub mac: Option<[u8; 6]>,
     /// Set dom0's (and so Xen's) wall clock to this many nanoseconds since 1970, UTC.
     #[serde(default)]
     pub wallclock_ns: Option<u64>,

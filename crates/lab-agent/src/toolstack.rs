@@ -28,7 +28,7 @@ pub fn start(how: &Start) -> Result<Done> {
     }
     rustix::system::sethostname(how.hostname.as_bytes()).context("set the host's name")?;
     fs::write("/etc/hostname", format!("{}\n", how.hostname)).context("write the host's name")?;
-    bridge(how.address.as_deref())?;
+    bridge(how)?;
     link_disks();
 
     let tree = boot::xen_directory().context("the image has no Xen tools")?;
@@ -112,12 +112,16 @@ fn run(argv: &[&str]) -> Result<()> {
 
 /// The bridge, with the network card in it if there is one. One `ip -batch` instead of six runs: each costs a tenth
 /// of a second under emulation.
-fn bridge(address: Option<&str>) -> Result<()> {
+fn bridge(how: &Start) -> Result<()> {
     let mut batch = format!("link set lo up\nlink add name {BRIDGE} type bridge forward_delay 0 stp_state 0\n");
     if fs::exists("/sys/class/net/eth0").unwrap_or(false) {
+        // A host that went on from a saved state has the saved card's address.
+        if let Some([a, b, c, d, e, f]) = how.mac {
+            batch += &format!("link set eth0 address {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}\n");
+        }
         batch += &format!("link set eth0 master {BRIDGE}\nlink set eth0 up\n");
     }
-    if let Some(address) = address {
+    if let Some(address) = &how.address {
         batch += &format!("addr add {address} dev {BRIDGE}\n");
     }
     batch += &format!("link set {BRIDGE} up\n");

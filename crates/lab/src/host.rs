@@ -14,6 +14,7 @@
 //! ```
 
 mod agent;
+mod snapshot;
 
 use crate::cache::Cache;
 use crate::image::dom0;
@@ -25,6 +26,7 @@ pub use agent::Stream;
 use anyhow::{Context, Result, bail};
 use lab_agent::message::{Done, Exec, Request, Start};
 pub use qemu::{Disk, Nic};
+use snapshot::Snapshot;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -125,6 +127,8 @@ pub struct HostConfig {
     pub files: Vec<HostFile>,
     /// Command line of another xenstored than the stock one.
     pub xenstored: Option<Vec<String>>,
+    /// Boot even if a saved state would do; then Xen's start can be seen on the console and uptime begins at zero.
+    pub cold: bool,
 }
 
 impl HostConfig {
@@ -143,6 +147,7 @@ impl HostConfig {
             disks: Vec::new(),
             files: Vec::new(),
             xenstored: None,
+            cold: false,
         }
     }
 }
@@ -179,6 +184,8 @@ pub struct Host {
     started: Instant,
     agent: OnceLock<Agent>,
     agent_socket: PathBuf,
+    snapshot: Snapshot,
+    resumed: bool,
     qemu: Qemu,
 }
 
@@ -191,15 +198,17 @@ impl Host {
         let console = directory.join("console.log");
         let agent_socket = sockets.join(format!("{}.agent", config.name));
         let dom0_options = format!("console=hvc0 rdinit=/init quiet loglevel=5 net.ifnames=0 {}", config.dom0_options);
+        let xen_options = format!(
+            "dom0_mem={0}M,max:{0}M com1=115200 console=com1 loglvl=all guest_loglvl=all noreboot {1}",
+            config.dom0_memory_mib, config.xen_options
+        );
+        let snapshot = Snapshot::of(assets, &config, &[&xen_options, &dom0_options])?;
         let machine = Machine {
             name: config.name.clone(),
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
             kernel: assets.xen_image.clone(),
-            command_line: format!(
-                "dom0_mem={0}M,max:{0}M com1=115200 console=com1 loglvl=all guest_loglvl=all noreboot {1}",
-                config.dom0_memory_mib, config.xen_options
-            ),
+            command_line: xen_options,
             modules: vec![
                 (assets.kernel_image.clone(), dom0_options.trim_end().to_owned()),
                 (assets.ramdisk.clone(), String::new()),
@@ -212,15 +221,46 @@ impl Host {
             control: sockets.join(format!("{}.qmp", config.name)),
             nic: config.nic.clone(),
             disks: config.disks.clone(),
+            resume_from: if config.cold { None } else { snapshot.existing() },
         };
-        progress::say(format!("{}: booting Xen ({} vCPUs, {} MiB)", config.name, config.vcpus, config.memory_mib));
+        let how = if machine.resume_from.is_some() { "resuming a saved" } else { "booting a" };
+        progress::say(format!("{}: {how} host ({} vCPUs, {} MiB)", config.name, config.vcpus, config.memory_mib));
         let started = Instant::now();
         let qemu = Qemu::start(&assets.qemu, &machine)?;
-        Ok(Host { config, directory, console, started, agent: OnceLock::new(), agent_socket, qemu })
+        let resumed = machine.resume_from.is_some();
+        Ok(Host { config, directory, console, started, agent: OnceLock::new(), agent_socket, snapshot, resumed, qemu })
     }
 
     /// Waits for dom0's agent, puts the files there, and starts the toolstack.
     pub fn wait_ready(&self, limit: Duration) -> Result<()> {
+        self.wait_for_agent(limit).inspect_err(|_| {
+            if self.resumed {
+                self.snapshot.forget();
+            }
+        })?;
+        progress::say(format!("{}: dom0 is up after {:.1} s", self.name(), self.started.elapsed().as_secs_f64()));
+        if !self.resumed && !self.config.cold {
+            self.snapshot.save(self.name(), &self.qemu)?;
+        }
+        for file in &self.config.files {
+            self.put_file(&file.local, &file.remote, file.mode)?;
+        }
+        let step = Step::begin(format!("{}: starting the toolstack", self.name()));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let wallclock = i128::try_from(now).unwrap_or(0) + i128::from(self.config.wallclock_skew_ms) * 1_000_000;
+        let start = Start {
+            hostname: self.config.name.clone(),
+            xenstored: self.config.xenstored.clone(),
+            address: self.config.address.clone(),
+            mac: self.config.nic.as_ref().map(|nic| nic.mac),
+            wallclock_ns: Some(u64::try_from(wallclock).context("the wall clock would be before 1970")?),
+        };
+        self.request(&Request::Start(start), &[])?;
+        step.done();
+        Ok(())
+    }
+
+    fn wait_for_agent(&self, limit: Duration) -> Result<()> {
         let end = self.started + limit;
         let agent = Agent::connect(&self.config.name, &self.agent_socket, || {
             self.check()?;
@@ -235,21 +275,6 @@ impl Host {
             Ok(())
         })?;
         let _ = self.agent.set(agent);
-        progress::say(format!("{}: dom0 is up after {:.1} s", self.name(), self.started.elapsed().as_secs_f64()));
-        for file in &self.config.files {
-            self.put_file(&file.local, &file.remote, file.mode)?;
-        }
-        let step = Step::begin(format!("{}: starting the toolstack", self.name()));
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-        let wallclock = i128::try_from(now).unwrap_or(0) + i128::from(self.config.wallclock_skew_ms) * 1_000_000;
-        let start = Start {
-            hostname: self.config.name.clone(),
-            xenstored: self.config.xenstored.clone(),
-            address: self.config.address.clone(),
-            wallclock_ns: Some(u64::try_from(wallclock).context("the wall clock would be before 1970")?),
-        };
-        self.request(&Request::Start(start), &[])?;
-        step.done();
         Ok(())
     }
 

@@ -42,6 +42,8 @@ pub struct Machine {
     pub nic: Option<Nic>,
     /// Disks.
     pub disks: Vec<Disk>,
+    /// Go on from this saved state instead of booting.
+    pub resume_from: Option<PathBuf>,
 }
 
 /// A network card whose frames travel one per datagram over Unix sockets.
@@ -102,7 +104,22 @@ impl Qemu {
             control: Mutex::new(Control { to: stream, from }),
         };
         qemu.greet()?;
+        if machine.resume_from.is_some() {
+            qemu.go_on()?;
+        }
         Ok(qemu)
+    }
+
+    /// Waits until the saved state is loaded and lets the machine go on: it was saved standing still and is loaded so.
+    fn go_on(&self) -> Result<()> {
+        loop {
+            self.check()?;
+            let state = self.command("query-status", json!({}))?;
+            if state.get("status").and_then(Value::as_str) != Some("inmigrate") {
+                return self.resume();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     fn greet(&self) -> Result<()> {
@@ -144,6 +161,29 @@ impl Qemu {
     /// Lets it go on.
     pub fn resume(&self) -> Result<()> {
         self.command("cont", json!({})).map(|_| ())
+    }
+
+    /// Saves the whole machine's state (but not its disks) to a file, from which an equal machine can go on. The
+    /// machine stands still meanwhile and goes on afterwards.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        self.pause()?;
+        let saved = self.save_stopped(path);
+        self.resume()?;
+        saved
+    }
+
+    fn save_stopped(&self, path: &Path) -> Result<()> {
+        self.command("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 36 }))?;
+        let quoted = path.display().to_string().replace('\'', "'\\''");
+        self.command("migrate", json!({ "uri": format!("exec:cat > '{quoted}'") }))?;
+        loop {
+            let state = self.command("query-migrate", json!({}))?;
+            match state.get("status").and_then(Value::as_str) {
+                Some("completed") => return Ok(()),
+                Some("failed" | "cancelled") => bail!("{}: the machine's state was not saved: {state}", self.name),
+                _ => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
     }
 
     /// Ends it at once, as a power failure would.
@@ -227,6 +267,9 @@ fn describe(command: &mut Command, machine: &Machine) {
             "device",
             format!("virtio-blk-pci,drive=disk{index},share-rw=on,write-cache=on,serial={}", escape(&disk.serial)),
         );
+    }
+    if let Some(state) = &machine.resume_from {
+        command.arg("-incoming").arg(format!("exec:cat '{}'", state.display().to_string().replace('\'', "'\\''")));
     }
     command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none"]);
 }

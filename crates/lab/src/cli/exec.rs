@@ -51,6 +51,9 @@ pub struct Options {
     /// Added to Xen's command line.
     #[arg(long, value_name = "OPTIONS", default_value = "")]
     xen_options: String,
+    /// Boot even if a saved state would do.
+    #[arg(long)]
+    cold: bool,
     /// Run this xenstored instead of the stock one (a path in dom0 and its arguments).
     #[arg(long, value_name = "COMMAND")]
     xenstored: Option<String>,
@@ -112,6 +115,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             dom0_memory_mib: options.dom0_memory,
             xen_options: options.xen_options.clone(),
             disks: disks.clone(),
+            cold: options.cold,
             files: files.clone(),
             xenstored: options.xenstored.as_ref().map(|line| line.split_whitespace().map(str::to_owned).collect()),
             ..HostConfig::new(*name)

@@ -1,0 +1,96 @@
+//! Saved states: a host is saved once when its agent has come up for the first time, and later hosts that are made
+//! alike go on from there instead of booting.
+//!
+//! At that point nothing in dom0 says which host it is: name, addresses, clock, files and the toolstack come after.
+
+use super::{Assets, HostConfig};
+use crate::cache::{self, Cache};
+use crate::progress::Step;
+use crate::qemu::Qemu;
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// How many states are kept; one takes some hundred MiB.
+const KEPT: usize = 4;
+
+/// Changes when QEMU's command line may have.
+const RECIPE: &str = include_str!("../qemu.rs");
+
+/// The place of the saved state that fits a host.
+#[derive(Debug)]
+pub struct Snapshot {
+    path: PathBuf,
+}
+
+impl Snapshot {
+    /// Where the state of such a host, booted with these command lines, is or would be.
+    pub fn of(assets: &Assets, config: &HostConfig, command_lines: &[&str]) -> Result<Snapshot> {
+        let cache = Cache::open()?;
+        let sizes: Vec<u64> = config
+            .disks
+            .iter()
+            .map(|disk| fs::metadata(&disk.image).map(|meta| meta.len()))
+            .collect::<std::io::Result<_>>()
+            .context("look at the disks")?;
+        // Xen measured the processor's clock against this machine's; neither holds on another or after a reboot.
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let key = cache::key([
+            RECIPE.to_owned(),
+            boot,
+            assets.qemu.key.clone(),
+            assets.hypervisor.key.clone(),
+            assets.kernel.key.clone(),
+            assets.ramdisk.display().to_string(),
+            format!("{} {}", config.vcpus, config.memory_mib),
+            command_lines.join("\n"),
+            format!("{sizes:?} {}", config.nic.is_some()),
+        ]);
+        Ok(Snapshot { path: cache.path(format!("states/{key}")) })
+    }
+
+    /// The state's file if there is one.
+    pub fn existing(&self) -> Option<PathBuf> {
+        // Its time says when it was last used.
+        let file = fs::File::open(&self.path).ok()?;
+        let _ = file.set_modified(std::time::SystemTime::now());
+        Some(self.path.clone())
+    }
+
+    /// Saves a host's state unless another was quicker.
+    pub fn save(&self, host: &str, qemu: &Qemu) -> Result<()> {
+        let cache = Cache::open()?;
+        let _making = cache.make()?;
+        if self.path.exists() {
+            return Ok(());
+        }
+        cache.need_space(2 << 30)?;
+        let step = Step::begin(format!("{host}: saving its state, so that the next one starts sooner"));
+        let parent = self.path.parent().context("the cache has no folder for states")?;
+        fs::create_dir_all(parent).context("make the folder for states")?;
+        let fresh = tempfile::NamedTempFile::new_in(parent).context("make the state's file")?;
+        qemu.save(fresh.path())?;
+        fresh.persist(&self.path).context("put the state in its place")?;
+        forget_oldest(parent);
+        step.done();
+        Ok(())
+    }
+
+    /// Removes a state that turned out not to work.
+    pub fn forget(&self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn forget_oldest(parent: &Path) {
+    let mut states: Vec<_> = fs::read_dir(parent)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    states.sort();
+    for (_, path) in states.iter().take(states.len().saturating_sub(KEPT)) {
+        let _ = fs::remove_file(path);
+    }
+}
