@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use xenstore_wire::{FrameDecoder, Message, Op, ring};
 
 /// How long a daemon may take for one answer.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(3);
 
 /// The way to the daemon.
 #[derive(Debug)]

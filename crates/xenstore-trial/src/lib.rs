@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod fake_xen;
+pub mod script;
 pub mod stock;
 
 pub use client::{Connection, Link};

@@ -1,0 +1,123 @@
+//! The same operations to two daemons, the same answers wanted.
+
+use proptest::prelude::*;
+use proptest::sample::select;
+use proptest::test_runner::{Config, TestRunner};
+use std::path::Path;
+use xenstore_trial::FakeXen;
+use xenstore_trial::script::{CLIENTS, GUESTS, SLOTS, Step, play};
+use xenstore_trial::stock::Programs;
+use xenstore_wire::{Op, payload};
+
+fn path() -> impl Strategy<Value = String> {
+    let plain = |paths: &[&str]| select(paths.iter().map(|p| p.to_string()).collect::<Vec<_>>());
+    prop_oneof![
+        20 => plain(&["/t", "/t/a", "/t/a/b", "/t/a/b/c", "/t/b", "/t/b/c", "/t/d"]),
+        8 => plain(&["a", "a/b", "data", "data/x"]),
+        6 => plain(&["/local/domain/1", "/local/domain/1/a", "/local/domain/2/a", "/local/domain/3", "/tool"]),
+        2 => plain(&["/", "", "@releaseDomain", "@introduceDomain", "@foo"]),
+        2 => plain(&["//t", "/t/", "/t//a", "/t/a b", "t/a/", "/t/a,b", "/t/_-@x"]),
+        1 => select(vec![format!("/t/{}", "x".repeat(3100)), "y".repeat(2100)]),
+    ]
+}
+
+fn value() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        8 => select(vec![&b"1"[..], b"two", b"", b"with\0zero"]).prop_map(<[u8]>::to_vec),
+        1 => select(vec![2000_usize, 2048, 2049, 4000]).prop_map(|n| vec![b'v'; n]),
+    ]
+}
+
+fn perms() -> impl Strategy<Value = Vec<&'static str>> {
+    select(vec![
+        vec!["n0"],
+        vec!["b0"],
+        vec!["r0"],
+        vec!["w1"],
+        vec!["n1", "r2"],
+        vec!["n2", "b1", "w0"],
+        vec!["r0", "b1", "b1"],
+        vec!["b0", "n1"],
+        vec!["x1"],
+        vec!["n"],
+        vec![""],
+        vec![],
+        vec!["n70000"],
+    ])
+}
+
+/// The arguments of a request.
+fn body() -> impl Strategy<Value = (Op, Vec<u8>)> {
+    let with_path = |op: Op| path().prop_map(move |p| (op, payload::join([p])));
+    let part = (path(), select(vec!["0", "1", "5000", "x", ""]));
+    let watch =
+        |op: Op| (path(), select(vec!["t1", "t2", ""])).prop_map(move |(p, t)| (op, payload::join([p.as_str(), t])));
+    prop_oneof![
+        8 => with_path(Op::Read),
+        6 => with_path(Op::Directory),
+        4 => with_path(Op::GetPerms),
+        6 => with_path(Op::Mkdir),
+        6 => with_path(Op::Rm),
+        2 => part.prop_map(|(p, o)| (Op::DirectoryPart, payload::join([p.as_str(), o]))),
+        12 => (path(), value()).prop_map(|(p, v)| {
+            let mut b = payload::join([p]);
+            b.extend(v);
+            (Op::Write, b)
+        }),
+        6 => (path(), perms()).prop_map(|(p, l)| {
+            let mut b = payload::join([p]);
+            b.extend(payload::join(l));
+            (Op::SetPerms, b)
+        }),
+        6 => watch(Op::Watch),
+        3 => watch(Op::Unwatch),
+        1 => Just((Op::ResetWatches, vec![0])),
+        1 => select(vec!["0", "1", "7", "x", ""]).prop_map(|d| (Op::GetDomainPath, payload::join([d]))),
+        1 => select(vec!["0", "1", "7", "x"]).prop_map(|d| (Op::IsDomainIntroduced, payload::join([d]))),
+        1 => select(vec!["1", "7", "0"]).prop_map(|d| (Op::Resume, payload::join([d]))),
+        1 => select(vec!["7", "x", ""]).prop_map(|d| (Op::Release, payload::join([d]))),
+        1 => select(vec![vec!["9", "0", "1"], vec!["0", "0", "1"], vec!["x", "0", "1"], vec!["1"]])
+            .prop_map(|a| (Op::Introduce, payload::join(a))),
+        // Bytes that no argument list is made of.
+        1 => (select(vec![Op::Read, Op::Write, Op::Mkdir, Op::Watch, Op::SetPerms, Op::TransactionEnd]),
+              select(vec![&b""[..], b"/t/a", b"\0", b"\0\0", b"/t/a\0t", b"T"])).prop_map(|(o, b)| (o, b.to_vec())),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let slot = prop_oneof![3 => Just(None), 2 => (0..SLOTS).prop_map(Some)];
+    prop_oneof![
+        40 => (0..CLIENTS, slot, body()).prop_map(|(client, slot, (op, body))| Step::Request { client, op, slot, body }),
+        6 => (0..CLIENTS, 0..SLOTS).prop_map(|(client, slot)| Step::Begin { client, slot }),
+        6 => (0..CLIENTS, 0..SLOTS, prop::bool::weighted(0.8))
+            .prop_map(|(client, slot, commit)| Step::End { client, slot, commit }),
+        1 => Just(Step::Reconnect { client: 1 }),
+        1 => (0..GUESTS.len()).prop_map(|guest| Step::ShutDown { guest }),
+        1 => (0..GUESTS.len()).prop_map(|guest| Step::DieAndReturn { guest }),
+    ]
+}
+
+/// Plays a script to the stock daemon.
+fn stock(programs: &Programs, script: &[Step]) -> Vec<String> {
+    let dir = tempfile::tempdir().unwrap();
+    let xen = FakeXen::create(&dir.path().join("xen")).unwrap();
+    let daemon = programs.start_stock(&xen, &dir.path().join("run"), &[]).unwrap();
+    play(daemon.socket(), &xen, script).unwrap()
+}
+
+#[test]
+fn the_stock_daemon_answers_a_script_twice_alike() {
+    let dir: &Path = &tempfile::tempdir().unwrap().keep();
+    let programs = Programs::prepare(dir).unwrap();
+    let cases = std::env::var("FERRY_DIFFERENTIAL_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(8);
+    let mut runner =
+        TestRunner::new(Config { cases, failure_persistence: None, max_shrink_iters: 0, ..Config::default() });
+    runner
+        .run(&prop::collection::vec(step(), 1..120), |script| {
+            let (a, b) = (stock(&programs, &script), stock(&programs, &script));
+            prop_assert_eq!(a, b);
+            Ok(())
+        })
+        .unwrap();
+    std::fs::remove_dir_all(dir).unwrap();
+}
