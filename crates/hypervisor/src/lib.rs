@@ -6,6 +6,7 @@
 
 mod error;
 mod gt;
+pub mod inspect;
 mod types;
 
 pub use error::{Cause, Errno, HypervisorError, Result};
@@ -86,6 +87,29 @@ pub trait Hypervisor: Send + Sync {
 
     /// What is behind each gfn, in order.
     fn page_types(&self, dom: DomId, gfns: &[Gfn]) -> Result<Vec<PageType>>;
+
+    /// Every gfn with ordinary memory, ascending: what a first round copies. Guests have large holes, and asking about a hole costs as
+    /// much as about memory, so this looks from both ends and stops when it has found as many pages as the domain has.
+    fn ram_gfns(&self, dom: DomId) -> Result<Vec<Gfn>> {
+        const BATCH: u64 = 1024;
+        let total = self.domain_info(dom)?.total_pages;
+        let (mut low, mut high) = (0, self.max_gfn(dom)?.0.saturating_add(1));
+        let mut found = Vec::new();
+        let mut from_top = Vec::new();
+        while low < high && ((found.len() + from_top.len()) as u64) < total {
+            let up: Vec<_> = (low..high.min(low + BATCH)).map(Gfn).collect();
+            low += up.len() as u64;
+            let down: Vec<_> = (low.max(high.saturating_sub(BATCH))..high).rev().map(Gfn).collect();
+            high -= down.len() as u64;
+            for (gfns, list) in [(up, &mut found), (down, &mut from_top)] {
+                let types = self.page_types(dom, &gfns)?;
+                list.extend(gfns.iter().zip(types).filter(|(_, t)| *t == PageType::Ram).map(|(g, _)| *g));
+            }
+        }
+        from_top.reverse();
+        found.append(&mut from_top);
+        Ok(found)
+    }
 
     /// Gives the guest memory at each of these gfns, extents of 2^`order` pages. All or an error that says how many were done.
     fn populate(&self, dom: DomId, gfns: &[Gfn], order: u32) -> Result<()>;
@@ -170,8 +194,9 @@ pub trait Hypervisor: Send + Sync {
 
     fn grant_table_version(&self, dom: DomId) -> Result<u32>;
 
-    /// Where the guest sees its grant frames (the whole table, in order).
-    fn grant_table_gfns(&self, dom: DomId) -> Result<Vec<Gfn>>;
+    /// Where the guest sees its grant frames (the whole table, in order); `None` for a frame that it has not placed, as early in its
+    /// boot.
+    fn grant_table_gfns(&self, dom: DomId) -> Result<Vec<Option<Gfn>>>;
 
     /// The contents of frames `first..first + count`, [`PAGE_SIZE`] bytes each.
     fn read_grant_frames(&self, dom: DomId, array: GrantArray, first: u32, count: u32) -> Result<Vec<u8>>;

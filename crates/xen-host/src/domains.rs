@@ -31,8 +31,7 @@ fn info(i: &domctl::GetDomainInfo) -> DomainInfo {
         outstanding_pages: i.outstanding_pages,
         shared_pages: i.shr_pages,
         paged_pages: i.paged_pages,
-        // Xen gives an entry of its machine-to-physical table: all ones, or its "invalid" and "shared" marks, which are all above any gfn.
-        shared_info: (i.shared_info_frame < 1 << 40).then_some(Gfn(i.shared_info_frame)),
+        shared_info: crate::host::placed(i.shared_info_frame),
         cpu_time_ns: i.cpu_time,
         online_vcpus: i.nr_online_vcpus,
         vcpus: i.max_vcpu_id.wrapping_add(1),

@@ -154,6 +154,12 @@ fn build_id(privcmd: &Privcmd) -> Result<String> {
     }
 }
 
+/// The gfn that Xen's machine-to-physical table has for one of its own pages. While the guest has not placed the page, that is all
+/// ones, or one of the table's marks, which all lie above any gfn.
+pub(crate) fn placed(frame: u64) -> Option<Gfn> {
+    (frame < 1 << 40).then_some(Gfn(frame))
+}
+
 /// The first `count` structures in a buffer.
 pub(crate) fn structures<T: FromBytes>(bytes: &[u8], count: u32) -> impl Iterator<Item = T> + '_ {
     bytes.chunks_exact(size_of::<T>()).take(count as usize).filter_map(|c| T::read_from_bytes(c).ok())
@@ -407,7 +413,7 @@ impl Hypervisor for XenHost {
         self.table_version(dom)
     }
 
-    fn grant_table_gfns(&self, dom: DomId) -> Result<Vec<Gfn>> {
+    fn grant_table_gfns(&self, dom: DomId) -> Result<Vec<Option<Gfn>>> {
         self.table_gfns(dom)
     }
 

@@ -299,13 +299,13 @@ impl XenHost {
         Ok(op.version)
     }
 
-    pub(crate) fn table_gfns(&self, dom: DomId) -> Result<Vec<Gfn>> {
+    pub(crate) fn table_gfns(&self, dom: DomId) -> Result<Vec<Option<Gfn>>> {
         let count = self.table_size(dom)?.frames;
         let mut buffer = self.privcmd.buffer(count as usize * 8)?;
         let mut op =
             grant::SetupTable { dom: dom.0, nr_frames: count, frame_list: buffer.addr(), ..Default::default() };
         self.grant_op("GNTTABOP_setup_table", grant::SETUP_TABLE, dom, &mut op, |o| o.status)?;
-        Ok(crate::host::structures::<u64>(buffer.bytes(), count).map(Gfn).collect())
+        Ok(crate::host::structures::<u64>(buffer.bytes(), count).map(crate::host::placed).collect())
     }
 
     fn table_part(&self, dom: DomId, array: GrantArray, first: u32, count: u32) -> Result<crate::Pages> {
