@@ -1,4 +1,22 @@
 //! The migration engine.
 
+pub mod capture;
+pub mod guest;
 pub mod handshake;
+pub mod image;
 pub mod journal;
+pub mod restore;
+pub mod toolstack;
+mod trouble;
+pub mod wire;
+
+pub use trouble::{Doing, Result, Trouble};
+pub mod host;
+pub mod link;
+mod precopy;
+pub mod preflight;
+pub mod report;
+pub mod source;
+
+pub use precopy::Limits;
+pub mod destination;

@@ -50,6 +50,8 @@ pub enum SourceEvent {
     /// Precopy or freeze failed, gave up on a limit, or `Ready` did not come in time or with the wrong digest.
     Failed,
     RolledBack,
+    /// The offer has never left this host.
+    PeerUnaware,
     Destroyed,
     /// The operator wants it to stop.
     Cancel,
@@ -155,7 +157,7 @@ impl Source {
                 [A::Journal(SourceRecord::RolledBack), A::Report(Outcome::Stayed), A::Send(ToDestination::Abort)],
             ),
             (S::RolledBack, E::LinkUp) => vec![A::Send(ToDestination::Abort)],
-            (S::RolledBack, E::Peer(ToSource::Returned | ToSource::Refuse)) => {
+            (S::RolledBack, E::PeerUnaware | E::Peer(ToSource::Returned | ToSource::Refuse)) => {
                 self.go_to(S::Closed(Outcome::Stayed), [A::Journal(SourceRecord::Closed)])
             }
 

@@ -1,0 +1,222 @@
+//! When to go on copying, when to pause the guest, and when to give up.
+
+use crate::report::{Round, micros};
+use hypervisor::{DirtyBitmap, PAGE_SIZE};
+use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
+
+/// What the operator allows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Longest that the guest may be away.
+    pub downtime: Duration,
+    /// Longest that copying may take.
+    pub time: Duration,
+    pub rounds: u32,
+    /// What the blackout takes besides sending pages: measured on these two hosts by migrations before, or the configuration's guess.
+    pub fixed: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            downtime: Duration::from_millis(300),
+            time: Duration::from_secs(3600),
+            rounds: 30,
+            fixed: Duration::from_millis(50),
+        }
+    }
+}
+
+/// So few pages are not worth another round.
+const FEW: u64 = 64;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Judgement {
+    /// Copy what was dirtied meanwhile.
+    Again,
+    /// Pause the guest.
+    Freeze,
+    /// The limits can't be kept.
+    GiveUp(String),
+}
+
+/// Counts rounds and rates.
+#[derive(Debug)]
+pub struct Precopy {
+    limits: Limits,
+    started: Instant,
+    round_started: Instant,
+    pages: u64,
+    zero: u64,
+    bytes: u64,
+    total_bytes: u64,
+    rounds: Vec<Round>,
+    dirty: u64,
+    /// Dirtied before the last look and not sent since.
+    pub left_over: DirtyBitmap,
+}
+
+impl Default for Precopy {
+    fn default() -> Self {
+        Precopy::new(Limits::default())
+    }
+}
+
+impl Precopy {
+    pub fn new(limits: Limits) -> Self {
+        let now = Instant::now();
+        Precopy {
+            limits,
+            started: now,
+            round_started: now,
+            pages: 0,
+            zero: 0,
+            bytes: 0,
+            total_bytes: 0,
+            rounds: Vec::new(),
+            dirty: 0,
+            left_over: DirtyBitmap::new(0),
+        }
+    }
+
+    pub fn begin_round(&mut self) {
+        self.round_started = Instant::now();
+        (self.pages, self.zero, self.bytes) = (0, 0, 0);
+    }
+
+    pub fn sent(&mut self, pages: u64, zero: u64) {
+        self.pages += pages;
+        self.zero += zero;
+    }
+
+    pub fn count_bytes(&mut self, bytes: u64) {
+        self.bytes += bytes;
+        self.total_bytes += bytes;
+    }
+
+    /// Ends a round in which the guest has dirtied so many pages.
+    pub fn end_round(&mut self, dirtied: u64) -> Judgement {
+        self.dirty = dirtied;
+        let micros = micros(self.round_started.elapsed());
+        self.rounds.push(Round { pages: self.pages, zero_pages: self.zero, bytes: self.bytes, micros, dirtied });
+        self.judge()
+    }
+
+    fn judge(&self) -> Judgement {
+        if self.expected_blackout() <= self.limits.downtime {
+            return Judgement::Freeze;
+        }
+        if self.dirty <= FEW || self.limits.fixed > self.limits.downtime {
+            return self.give_up("its fixed part alone is too long");
+        }
+        if self.round() >= self.limits.rounds {
+            return self.give_up(&format!("{} rounds did not help", self.round()));
+        }
+        if self.started.elapsed() >= self.limits.time {
+            return self.give_up(&format!("{:?} did not help", self.limits.time));
+        }
+        Judgement::Again
+    }
+
+    fn give_up(&self, why: &str) -> Judgement {
+        Judgement::GiveUp(format!(
+            "the blackout would be about {} ms, more than the limit of {} ms, and {why} (the guest dirties {} MiB/s, {} MiB/s get through); \
+             raise --downtime-limit, or move it when it is less busy",
+            self.expected_blackout().as_millis(),
+            self.limits.downtime.as_millis(),
+            (self.dirty_rate() * PAGE_SIZE as u64) >> 20,
+            self.rate() >> 20
+        ))
+    }
+
+    /// Rounds that have ended, or the present one's number while it lasts.
+    pub fn round(&self) -> u32 {
+        u32::try_from(self.rounds.len()).unwrap_or(u32::MAX)
+    }
+
+    pub fn rounds(&self) -> &[Round] {
+        &self.rounds
+    }
+
+    pub fn total_bytes(&self) -> u64 {
+        self.total_bytes
+    }
+
+    /// Bytes a second that got through in the last round worth measuring.
+    pub fn rate(&self) -> u64 {
+        let measured =
+            |bytes: u64, micros: u64| (bytes > 1 << 20 && micros > 0).then(|| bytes.saturating_mul(1_000_000) / micros);
+        let now = measured(self.bytes, micros(self.round_started.elapsed()));
+        let before = self.rounds.iter().rev().find_map(|r| measured(r.bytes, r.micros));
+        now.or(before).unwrap_or(100 << 20).max(1)
+    }
+
+    /// Pages a second that the guest dirtied in the last round.
+    pub fn dirty_rate(&self) -> u64 {
+        self.rounds.last().map_or(0, |r| r.dirtied.saturating_mul(1_000_000) / r.micros.max(1))
+    }
+
+    /// If the guest were paused now.
+    pub fn expected_blackout(&self) -> Duration {
+        self.limits.fixed + self.time_to_send(self.dirty)
+    }
+
+    fn time_to_send(&self, pages: u64) -> Duration {
+        // All of the last round's pages may have contents, and rates of rounds full of zero pages are bytes a second too.
+        let micros = u128::from(pages) * PAGE_SIZE as u128 * 1_000_000 / u128::from(self.rate());
+        Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX))
+    }
+
+    /// After the pause, with the true number of pages left: why this would break the limit.
+    pub fn too_late(&self, away: Duration, pages: u64) -> Option<String> {
+        let expected = away + self.time_to_send(pages);
+        (expected > self.limits.downtime).then(|| {
+            format!(
+                "the guest has been paused for {} ms and {pages} pages are left, so the blackout would be longer than the limit of {} ms; \
+                 raise --downtime-limit, or move it when it is less busy",
+                away.as_millis(),
+                self.limits.downtime.as_millis()
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn after(round: Round, limits: Limits) -> Judgement {
+        let mut precopy = Precopy::new(limits);
+        precopy.dirty = round.dirtied;
+        precopy.rounds = vec![round];
+        precopy.judge()
+    }
+
+    fn round(mib_per_s: u64, dirtied: u64) -> Round {
+        Round { pages: 10_000, zero_pages: 0, bytes: mib_per_s << 20, micros: 1_000_000, dirtied }
+    }
+
+    #[test]
+    fn the_limit_decides() {
+        let limits = Limits { rounds: 2, ..Limits::default() };
+        // 100 MiB/s are 25600 pages a second: 250 ms for 6400 pages.
+        assert_eq!(after(round(100, 6000), limits.clone()), Judgement::Freeze);
+        assert_eq!(after(round(100, 7000), limits.clone()), Judgement::Again);
+        assert!(matches!(after(round(100, 7000), Limits { rounds: 1, ..limits.clone() }), Judgement::GiveUp(_)));
+        assert!(matches!(
+            after(round(100, 7000), Limits { time: Duration::ZERO, ..limits.clone() }),
+            Judgement::GiveUp(_)
+        ));
+        let slow = Limits { fixed: Duration::from_secs(1), ..limits };
+        assert!(matches!(after(round(100, 1), slow), Judgement::GiveUp(_)));
+    }
+
+    #[test]
+    fn what_turns_out_after_the_pause_counts_too() {
+        let mut precopy = Precopy::new(Limits::default());
+        precopy.rounds = vec![round(100, 0)];
+        assert_eq!(precopy.too_late(Duration::from_millis(40), 6400), None);
+        assert!(precopy.too_late(Duration::from_millis(60), 6400).is_some());
+    }
+}

@@ -1,0 +1,153 @@
+//! What can't move is refused here, with the reason and what to do, before anything is touched.
+
+use crate::guest::{GuestKind, Offer};
+use crate::host::Host;
+use crate::toolstack::Description;
+use crate::trouble::Result;
+use hypervisor::{DomId, DomainInfo, GtPortKind, GtState, GuestArea, HostInfo, Hypervisor};
+use xen_abi::hvm_op::{PARAMS, ParamRole};
+
+/// The source's side: what this guest uses that can't be carried. Empty: nothing.
+pub fn source(
+    hv: &dyn Hypervisor,
+    host: &HostInfo,
+    info: &DomainInfo,
+    gt: &GtState,
+    guest: &Description,
+) -> Result<Vec<String>> {
+    let mut why = Vec::new();
+    if !info.hvm {
+        why.push("it is a PV guest; only HVM and PVH guests can move transparently".into());
+    }
+    if guest.identity.kind == GuestKind::Hvm {
+        why.push("it is an HVM guest with a device model, which can't be moved yet; use --mode cooperative".into());
+    }
+    if let Some(reason) = info.shutdown {
+        why.push(format!("it has shut down (reason {reason})"));
+    }
+    if info.dying {
+        why.push("it is being destroyed".into());
+    }
+    if info.shared_info.is_none() {
+        why.push("it has not placed its shared_info: it is still in its boot loader; try again when it runs".into());
+    }
+    if info.shared_pages != 0 || info.paged_pages != 0 {
+        why.push("it has shared or paged-out memory; switch memory sharing and paging off".into());
+    }
+    if gt.grant_version != 1 {
+        why.push(format!("it uses grant table version {}; only version 1 can be moved", gt.grant_version));
+    }
+    for param in PARAMS.iter().filter(|p| p.role == ParamRole::MustBeZero) {
+        if hv.hvm_param(info.domid, param.index)? != 0 {
+            why.push(format!("it uses {}, which can't be moved", param.name));
+        }
+    }
+    for port in &gt.ports {
+        match port.kind {
+            GtPortKind::Unbound { remote } | GtPortKind::Interdomain { remote, .. } if remote != DomId::DOM0 => {
+                why.push(format!(
+                    "its event channel {} leads to domain {remote}; only channels to dom0 can be moved",
+                    port.port
+                ));
+            }
+            GtPortKind::Pirq(pirq) => why.push(format!(
+                "its event channel {} is bound to physical interrupt {pirq}; detach passed-through devices",
+                port.port
+            )),
+            _ if port.xen_consumer => {
+                why.push(format!("its event channel {} belongs to a device model's ioreq server", port.port));
+            }
+            _ => {}
+        }
+    }
+    for (id, vcpu) in gt.vcpus.iter().enumerate() {
+        let physical = |area| matches!(area, Some(GuestArea::Physical(_)));
+        if host.version.minor < 18 && (physical(vcpu.runstate_area) || physical(vcpu.time_area)) {
+            why.push(format!("vCPU {id} has an area at a physical address, which Xen {} can't have", host.version));
+        }
+    }
+    why.extend(maps_others(hv, info.domid)?);
+    Ok(why)
+}
+
+/// Whether the guest maps pages of other guests: it would need them on the destination.
+fn maps_others(hv: &dyn Hypervisor, dom: DomId) -> Result<Vec<String>> {
+    use xen_abi::grant::{EntryV1, GTF_READING, GTF_WRITING};
+    use zerocopy::FromBytes;
+    let mut why = Vec::new();
+    for other in hv.domains()? {
+        if other.domid == dom || other.dying || other.domid == DomId::DOM0 {
+            continue;
+        }
+        // A domain that goes away meanwhile has nothing to offer.
+        let Ok(grants) = crate::capture::grants(hv, other.domid) else { continue };
+        if grants.version != 1 {
+            continue;
+        }
+        let mapped = grants
+            .shared
+            .chunks_exact(size_of::<EntryV1>())
+            .filter_map(|e| EntryV1::read_from_bytes(e).ok())
+            .any(|e| e.domid == dom.0 && e.flags & (GTF_READING | GTF_WRITING) != 0);
+        if mapped {
+            why.push(format!("it maps memory of domain {}; stop what connects the two", other.domid));
+        }
+    }
+    Ok(why)
+}
+
+/// The destination's side. Empty: it fits.
+pub fn destination(host: &Host, offer: &Offer) -> Result<Vec<String>> {
+    let hv = &*host.hypervisor;
+    let here = hv.host_info()?;
+    let mut why = Vec::new();
+    let identity = &offer.identity;
+    if offer.host_id == host.id {
+        why.push("source and destination are the same host; a domid can't be there twice".into());
+    }
+    match hv.domain_info(identity.domid) {
+        Ok(taken) => why.push(format!(
+            "domid {} is taken on {} by domain {}; set domid_policy=\"random\" in xl.conf so that guests get ids that are free everywhere",
+            identity.domid, host.name, taken.uuid
+        )),
+        Err(e) if e.is_no_such_domain() => {}
+        Err(e) => return Err(e.into()),
+    }
+    if let Some(taken) = hv.domains()?.iter().find(|d| d.uuid == identity.uuid && d.domid != identity.domid) {
+        why.push(format!("uuid {} is taken on {} by domain {}", identity.uuid, host.name, taken.domid));
+    }
+    if (here.version.major, here.version.minor) != (offer.xen.major, offer.xen.minor) {
+        why.push(format!(
+            "Xen is {} here and {} on {}, and the guest can see that; install the same version on both",
+            here.version, offer.xen, offer.host
+        ));
+    }
+    match &here.extension {
+        None => {
+            why.push(format!("the hypervisor extension is not loaded on {}; run `ferry host load` there", host.name))
+        }
+        Some(e) if e.abi_version != offer.extension_abi => why.push(format!(
+            "the hypervisor extension has version {} here and {} on {}; load the same on both",
+            e.abi_version, offer.extension_abi, offer.host
+        )),
+        Some(_) => {}
+    }
+    let free = here.free_pages.saturating_sub(here.outstanding_pages);
+    // Page tables and the domain's own structures come on top of its memory.
+    let needed =
+        offer.shell.total_pages + offer.shell.paging_pool / 4096 + 256 + u64::from(offer.shell.config.max_vcpus) * 32;
+    if free < needed {
+        why.push(format!(
+            "{} has {} MiB of free memory, the guest needs {} MiB; free memory there (a smaller dom0_mem, fewer guests)",
+            host.name,
+            free / 256,
+            needed.div_ceil(256)
+        ));
+    }
+    let described: u64 = offer.shell.ram.iter().fold(0u64, |sum, r| sum.saturating_add(r.1));
+    if described > offer.shell.total_pages.saturating_add(1024) {
+        why.push("the offer's memory does not add up".into());
+    }
+    why.extend(host.toolstack.fits(offer));
+    Ok(why)
+}

@@ -1,0 +1,229 @@
+//! Putting a guest into the destination's hypervisor, in the order that keeps Xen from destroying what was put before.
+//!
+//! Createdomain, CPU policy, TSC → memory → address width → grant table → shared_info → FIFO control blocks, ports, event array, queues →
+//! HVM context → vCPU areas → the pages that those steps touched, again → callback; after `Go` the clocks. Each function is one step of
+//! the report; none of them lets the guest run.
+
+use crate::capture::unmarked_pages;
+use crate::guest::{GfnRange, GuestState, Shell};
+use crate::trouble::{Doing, Result, Trouble};
+use hypervisor::{Access, DomId, Gfn, GrantArray, GtState, GtStep, Hypervisor, PAGE_SIZE, XenPage};
+use std::mem::offset_of;
+use xen_abi::grant::{EntryV1, GTF_READING, GTF_WRITING};
+use xen_abi::hvm_op::{ParamRole, param};
+use xen_abi::hvm_save::{CODE_CPU, CODE_END, CODE_HEADER, Cpu, push_record, records};
+
+/// How often the control domain's pause count is raised, on both copies: one more than a single `xl unpause` takes back.
+pub const PAUSES: u32 = 2;
+
+/// Pages populated with one call.
+const BATCH: usize = 1024;
+/// Pages in an extent of 2 MiB.
+const SUPERPAGE: u64 = 512;
+
+/// Makes the domain, paused, with vCPUs, limits, CPU policy and memory map, and its memory populated but empty.
+pub fn make_shell(hv: &dyn Hypervisor, dom: DomId, shell: &Shell) -> Result<()> {
+    hv.create_domain(dom, &shell.config)?;
+    // Creation holds one pause count.
+    for _ in 1..PAUSES {
+        hv.pause(dom)?;
+    }
+    hv.set_max_vcpus(dom, shell.config.max_vcpus)?;
+    hv.set_max_mem(dom, shell.max_mem_kib)?;
+    hv.set_paging_pool_size(dom, shell.paging_pool)?;
+    hv.set_cpu_policy(dom, &shell.policy)
+        .map_err(|e| Trouble::because("this host can't give the guest the CPU that it has", e))?;
+    set_tsc(hv, dom, shell.tsc)?;
+    hv.set_memory_map(dom, &shell.memory_map)?;
+    hv.claim_pages(dom, shell.ram.iter().map(|r| r.1).sum())
+        .map_err(|e| Trouble::because("not enough free memory", e).todo("free memory on the destination"))?;
+    let populated = populate(hv, dom, &shell.ram);
+    hv.claim_pages(dom, 0)?;
+    populated
+}
+
+/// Gives the guest memory, in 2 MiB extents where a whole one fits.
+pub fn populate(hv: &dyn Hypervisor, dom: DomId, ram: &[GfnRange]) -> Result<()> {
+    let mut super_first = Vec::new();
+    let mut single = Vec::new();
+    for &(first, count) in ram {
+        let end = first.saturating_add(count);
+        let mut at = first;
+        while at < end {
+            if at % SUPERPAGE == 0 && at + SUPERPAGE <= end {
+                super_first.push(Gfn(at));
+                at += SUPERPAGE;
+            } else {
+                single.push(Gfn(at));
+                at += 1;
+            }
+        }
+    }
+    for gfn in super_first {
+        // A host without a free 2 MiB extent has single pages still.
+        if hv.populate(dom, &[gfn], 9).is_err() {
+            single.extend((gfn.0..gfn.0 + SUPERPAGE).map(Gfn));
+        }
+    }
+    for batch in single.chunks(BATCH) {
+        hv.populate(dom, batch, 0)?;
+    }
+    Ok(())
+}
+
+/// The incarnation counts moves; Xen adds one by itself, [`Hypervisor::set_tsc_info`] makes up for it.
+fn set_tsc(hv: &dyn Hypervisor, dom: DomId, tsc: hypervisor::TscInfo) -> Result<()> {
+    Ok(hv.set_tsc_info(dom, &tsc)?)
+}
+
+/// Grant table, shared_info, event channels, parameters: what must be in place before vCPUs have a context.
+pub fn platform(hv: &dyn Hypervisor, dom: DomId, state: &GuestState) -> Result<()> {
+    let step = |step| hv.set_gt_state(dom, step, &state.gt);
+    hv.set_vm_assist(dom, state.vm_assist)?;
+    step(GtStep::AddressWidth)?;
+
+    step(GtStep::GrantVersion)?;
+    for (index, gfn) in (0u32..).zip(&state.grants.gfns) {
+        if let Some(gfn) = gfn {
+            hv.place_xen_page(dom, XenPage::GrantFrame(index), *gfn)?;
+        }
+    }
+    hv.write_grant_frames(dom, GrantArray::Shared, 0, &without_use(&state.grants.shared))?;
+
+    if let Some((gfn, _)) = &state.shared_info {
+        hv.place_xen_page(dom, XenPage::SharedInfo, *gfn)?;
+    }
+    if state.gt.vcpus.iter().any(|v| v.fifo.is_some()) {
+        step(GtStep::FifoControlBlocks)?;
+    }
+    if !state.gt.emuirqs.is_empty() {
+        step(GtStep::EmuIrqs)?;
+    }
+    step(GtStep::Ports)?;
+    if state.gt.event_array.is_some() {
+        step(GtStep::EventArray)?;
+        step(GtStep::FifoTails)?;
+    }
+    set_params(hv, dom, state, |role| matches!(role, ParamRole::Guest | ParamRole::Port))
+}
+
+/// Entries without the flags that say that somebody has the page mapped: nobody has it here, and a flag that stays would keep the
+/// guest from ever taking the page back.
+fn without_use(shared: &[u8]) -> Vec<u8> {
+    let mut frames = shared.to_vec();
+    let in_use = (GTF_READING | GTF_WRITING).to_le_bytes();
+    for entry in frames.chunks_exact_mut(size_of::<EntryV1>()) {
+        for (byte, mask) in entry.iter_mut().skip(offset_of!(EntryV1, flags)).zip(in_use) {
+            *byte &= !mask;
+        }
+    }
+    frames
+}
+
+fn set_params(hv: &dyn Hypervisor, dom: DomId, state: &GuestState, wanted: impl Fn(ParamRole) -> bool) -> Result<()> {
+    for &(index, value) in &state.params {
+        let Some(param) = param(index) else {
+            return Err(Trouble::new(format!("HVM parameter {index} of the image is not known here")));
+        };
+        if wanted(param.role) {
+            hv.set_hvm_param(dom, index, value)?;
+        }
+    }
+    Ok(())
+}
+
+/// vCPUs and platform devices, vCPU areas and timers, the pages that all this wrote into, and last the callback.
+pub fn processors(hv: &dyn Hypervisor, dom: DomId, state: &GuestState) -> Result<()> {
+    let pages: Vec<Gfn> = unmarked_pages(&state.params, &state.gt).into_iter().collect();
+    let mut contents = vec![0; pages.len() * PAGE_SIZE];
+    let read = hv.read_pages(dom, &pages, &mut contents)?;
+    hv.set_hvm_context(dom, &state.hvm_context).doing("set the vCPUs' and devices' context")?;
+    hv.set_gt_state(dom, GtStep::VcpuAreas, &state.gt)?;
+    // Pages past the end of an area that does not reach into them may not exist.
+    let there: Vec<usize> = (0..pages.len()).filter(|i| matches!(read.get(*i), Some(Ok(())))).collect();
+    let gfns: Vec<Gfn> = there.iter().filter_map(|i| pages.get(*i).copied()).collect();
+    let data: Vec<u8> = contents
+        .chunks_exact(PAGE_SIZE)
+        .enumerate()
+        .filter(|(i, _)| there.contains(i))
+        .flat_map(|(_, page)| page.iter().copied())
+        .collect();
+    for (gfn, done) in gfns.iter().zip(hv.write_pages(dom, &gfns, &data)?) {
+        done.map_err(|errno| Trouble::new(format!("write page {gfn} again: {errno}")))?;
+    }
+    if let Some((gfn, page)) = &state.shared_info {
+        let mapping = hv.map_pages(dom, &[*gfn], Access::ReadWrite).doing("map shared_info")?;
+        mapping.write(0, page);
+    }
+    set_params(hv, dom, state, |role| role == ParamRole::Callback)
+}
+
+/// Sets every clock to where it would be had the guest run all the time: `away_ns` after the pause. The host's own clock carries them
+/// on from here, so the moment of the call is what counts, not the unpause.
+pub fn clocks(hv: &dyn Hypervisor, dom: DomId, state: &GuestState, away_ns: u64) -> Result<()> {
+    let guest_now = state.system_time.saturating_add_unsigned(away_ns);
+    let host_now = i64::try_from(hv.now()?).unwrap_or(i64::MAX);
+    let mut gt: GtState = state.gt.clone();
+    gt.clock_offset_ns = guest_now.saturating_sub(host_now);
+    for vcpu in &mut gt.vcpus {
+        vcpu.runstate = vcpu.runstate.at(guest_now);
+    }
+    hv.set_gt_state(dom, GtStep::ClockOffset, &gt)?;
+    let mut tsc = state.tsc;
+    tsc.elapsed_ns = tsc.elapsed_ns.saturating_add(away_ns);
+    set_tsc(hv, dom, tsc)?;
+    hv.set_hvm_context(dom, &advanced_cpus(&state.hvm_context, tsc_ticks(away_ns, tsc.khz))?).doing("set the TSC")?;
+    hv.set_gt_state(dom, GtStep::VcpuTimes, &gt)?;
+    Ok(())
+}
+
+/// Arms the guest's watchdogs with what was left at the pause.
+pub fn watchdogs(hv: &dyn Hypervisor, dom: DomId, gt: &GtState) -> Result<()> {
+    if gt.watchdogs.is_empty() {
+        return Ok(());
+    }
+    Ok(hv.set_gt_state(dom, GtStep::Watchdogs, gt)?)
+}
+
+fn tsc_ticks(ns: u64, khz: u32) -> u64 {
+    u64::try_from(u128::from(ns) * u128::from(khz) / 1_000_000).unwrap_or(u64::MAX)
+}
+
+/// A context of nothing but the vCPUs, their TSCs advanced.
+fn advanced_cpus(context: &[u8], ticks: u64) -> Result<Vec<u8>> {
+    let mut advanced = Vec::new();
+    for record in records(context)? {
+        match record.code {
+            CODE_HEADER => push_record(&mut advanced, record.code, record.instance, record.payload),
+            CODE_CPU => {
+                let mut cpu: Cpu =
+                    record.get().ok_or_else(|| Trouble::new("a CPU record of the HVM context is too short"))?;
+                cpu.tsc = cpu.tsc.wrapping_add(ticks);
+                let bytes = zerocopy::IntoBytes::as_bytes(&cpu);
+                let rest = record.payload.get(bytes.len()..).unwrap_or_default();
+                push_record(&mut advanced, record.code, record.instance, &[bytes, rest].concat());
+            }
+            _ => {}
+        }
+    }
+    push_record(&mut advanced, CODE_END, 0, &[]);
+    Ok(advanced)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grant_keeps_all_but_its_use() {
+        let entry = |flags: u16| [&flags.to_le_bytes()[..], &[7, 0, 1, 2, 3, 4]].concat();
+        let before = [entry(1 | 4 | GTF_READING | GTF_WRITING), entry(0x101 | GTF_READING)].concat();
+        assert_eq!(without_use(&before), [entry(1 | 4), entry(0x101)].concat());
+    }
+
+    #[test]
+    fn ticks_of_long_absences_do_not_overflow() {
+        assert_eq!(tsc_ticks(1_000_000_000, 2_000_000), 2_000_000_000);
+        assert_eq!(tsc_ticks(86_400_000_000_000 * 365, 3_000_000), 3_000_000_000 * 86_400 * 365);
+    }
+}

@@ -1,0 +1,154 @@
+//! The service domain of a simulated host: a store of a few nodes, backends that are attached or not.
+
+use crate::xen::SimXen;
+use hypervisor::DomId;
+use hypervisor::Hypervisor;
+use migrate::guest::{Device, GuestKind, Identity, Offer};
+use migrate::toolstack::{Description, Luggage, StoreNode, Toolstack};
+use migrate::{Result, Trouble};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use uuid::Uuid;
+
+/// What the simulated service domain knows of one guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Guest {
+    pub name: String,
+    pub nodes: BTreeMap<String, Vec<u8>>,
+    pub frozen: bool,
+    pub attached: bool,
+    pub announced: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct SimToolstack {
+    xen: SimXen,
+    guests: Arc<Mutex<BTreeMap<DomId, Guest>>>,
+    /// What [`Toolstack::fits`] answers, for tests of refusals.
+    pub lacks: Vec<String>,
+}
+
+impl SimToolstack {
+    pub fn new(xen: &SimXen) -> Self {
+        SimToolstack { xen: xen.clone(), guests: Arc::default(), lacks: Vec::new() }
+    }
+
+    pub fn add(&self, dom: DomId, name: &str) {
+        let nodes = [("name".to_string(), name.into()), ("memory/target".into(), b"1024".to_vec())].into();
+        self.guests().insert(dom, Guest { name: name.into(), nodes, frozen: false, attached: true, announced: false });
+    }
+
+    pub fn guest(&self, dom: DomId) -> Option<Guest> {
+        self.guests().get(&dom).cloned()
+    }
+
+    fn guests(&self) -> MutexGuard<'_, BTreeMap<DomId, Guest>> {
+        self.guests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn uuid(&self, dom: DomId) -> Result<Uuid> {
+        Ok(self.xen.domain_info(dom)?.uuid)
+    }
+}
+
+/// The ident of a xenstore-migration stream, then JSON: the simulated store has no rings.
+const IDENT: &[u8] = b"xenstore";
+
+impl Toolstack for SimToolstack {
+    fn describe(&self, dom: DomId) -> Result<Description> {
+        let guests = self.guests();
+        let guest = guests.get(&dom).ok_or_else(|| Trouble::new("it is not known to the store"))?;
+        Ok(Description {
+            identity: Identity { domid: dom, uuid: self.uuid(dom)?, name: guest.name.clone(), kind: GuestKind::Pvh },
+            devices: vec![Device {
+                class: "vif".into(),
+                devid: 0,
+                backend_domid: 0,
+                frontend: format!("/local/domain/{dom}/device/vif/0"),
+                backend: format!("/local/domain/0/backend/vif/{dom}/0"),
+                frontend_state: 4,
+                backend_state: 4,
+                needs: vec![("bridge".into(), "xenbr0".into())],
+            }],
+            details: serde_json::json!({"made": true}),
+        })
+    }
+
+    fn freeze(&self, guest: &Description) -> Result<()> {
+        let mut guests = self.guests();
+        let g = guests.get_mut(&guest.identity.domid).ok_or_else(|| Trouble::new("gone"))?;
+        g.frozen = true;
+        Ok(())
+    }
+
+    fn detach(&self, guest: &Description) -> Result<()> {
+        let mut guests = self.guests();
+        let g = guests.get_mut(&guest.identity.domid).ok_or_else(|| Trouble::new("gone"))?;
+        g.attached = false;
+        Ok(self.xen.bind_ports(guest.identity.domid, false)?)
+    }
+
+    fn pack(&self, guest: &Description) -> Result<Luggage> {
+        let guests = self.guests();
+        let g = guests.get(&guest.identity.domid).ok_or_else(|| Trouble::new("gone"))?;
+        if !g.frozen || g.attached {
+            return Err(Trouble::new("the store was read before it was frozen and the backends were off"));
+        }
+        Ok(Luggage {
+            store: [IDENT, &serde_json::to_vec(&g.nodes)?].concat(),
+            nodes: vec![StoreNode { path: "/libxl/1/type".into(), value: b"pvh".to_vec(), perms: vec!["n0".into()] }],
+            userdata: vec![("libxl-json".into(), g.name.clone().into_bytes())],
+        })
+    }
+
+    fn unfreeze(&self, guest: &Description) -> Result<()> {
+        let mut guests = self.guests();
+        let g = guests.get_mut(&guest.identity.domid).ok_or_else(|| Trouble::new("gone"))?;
+        (g.frozen, g.attached) = (false, true);
+        Ok(self.xen.bind_ports(guest.identity.domid, true)?)
+    }
+
+    fn forget(&self, guest: &Description) -> Result<()> {
+        self.guests().remove(&guest.identity.domid);
+        Ok(())
+    }
+
+    fn fits(&self, _offer: &Offer) -> Vec<String> {
+        self.lacks.clone()
+    }
+
+    fn prepare(&self, offer: &Offer) -> Result<()> {
+        self.guests().insert(offer.identity.domid, Guest { name: offer.identity.name.clone(), ..Guest::default() });
+        Ok(())
+    }
+
+    fn unpack(&self, offer: &Offer, luggage: &Luggage) -> Result<()> {
+        let json = luggage.store.strip_prefix(IDENT).ok_or_else(|| Trouble::new("no store in the image"))?;
+        let mut guests = self.guests();
+        let g = guests.get_mut(&offer.identity.domid).ok_or_else(|| Trouble::new("not prepared"))?;
+        g.nodes = serde_json::from_slice(json)?;
+        Ok(())
+    }
+
+    fn go(&self, offer: &Offer, luggage: &Luggage) -> Result<()> {
+        let mut guests = self.guests();
+        let g = guests.get_mut(&offer.identity.domid).ok_or_else(|| Trouble::new("not prepared"))?;
+        if luggage.userdata.is_empty() {
+            return Err(Trouble::new("the toolstack's files are missing"));
+        }
+        g.attached = true;
+        Ok(self.xen.bind_ports(offer.identity.domid, true)?)
+    }
+
+    fn announce(&self, offer: &Offer) -> Result<()> {
+        let mut guests = self.guests();
+        let g = guests.get_mut(&offer.identity.domid).ok_or_else(|| Trouble::new("not prepared"))?;
+        g.announced = true;
+        Ok(())
+    }
+
+    fn discard(&self, offer: &Offer) -> Result<()> {
+        self.guests().remove(&offer.identity.domid);
+        Ok(())
+    }
+}
