@@ -1,0 +1,23 @@
+//! A xenstore daemon: [`Store`] holds its state and speaks the protocol without doing any I/O; `daemon` runs it over unix
+//! sockets, rings and event channels.
+
+pub mod conn;
+mod control;
+mod domain_ops;
+pub mod host;
+mod import;
+mod live_update;
+pub mod node;
+mod ops;
+pub mod quota;
+mod rate;
+pub mod store;
+mod tx;
+mod watch;
+
+pub use conn::{ConnId, Peer};
+pub use host::{DomainState, Host, HostCommand};
+pub use import::{FEATURES, IMPORT_MAX};
+pub use live_update::{Plan, RestoreError, Restored};
+pub use quota::Quotas;
+pub use store::{Broken, Options, Store};
