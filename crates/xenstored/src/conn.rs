@@ -100,6 +100,15 @@ pub struct HeldEvent {
     pub watch: WatchId,
 }
 
+/// A stream that was made.
+#[derive(Debug)]
+pub struct Export {
+    /// The paths that were asked for.
+    pub prefixes: Vec<Vec<u8>>,
+    /// The stream.
+    pub stream: Rc<[u8]>,
+}
+
 /// A connection taken out of service for a migration.
 #[derive(Debug)]
 pub struct Frozen {
@@ -110,7 +119,7 @@ pub struct Frozen {
     /// Events since then, in order, without repetitions.
     pub held: Vec<HeldEvent>,
     /// Stream made for the prefixes last asked for.
-    pub export: Option<(Vec<Vec<u8>>, Rc<[u8]>)>,
+    pub export: Option<Export>,
 }
 
 /// A connection.

@@ -197,25 +197,25 @@ impl Store {
         for domid in ids {
             let state = host.domain_state(domid);
             let Some(d) = self.domains.get_mut(&domid) else { continue };
-            match (d.conn, state) {
-                (None, None) if domid != 0 => {
-                    // Known from permissions only.
-                    self.undo_import(domid, host);
-                    self.domain_gone(domid, host);
-                    self.domains.remove(&domid);
-                }
-                (None, _) => {}
-                (Some(_), Some(s)) if !s.dying => {
-                    if s.shutdown && !d.shutdown {
-                        d.shutdown = true;
-                        notify.push(domid);
+            match (d.conn, state.filter(|s| !s.dying)) {
+                (_, None) if domid == 0 => {}
+                (None, _) => {
+                    // Known from permissions, or imported; a dying one may still be named by them.
+                    if state.is_none() {
+                        self.undo_import(domid, host);
+                        self.domain_gone(domid, host);
+                        self.domains.remove(&domid);
                     }
                 }
-                (Some(conn), _) if domid != 0 => {
+                (Some(_), Some(s)) => {
+                    let news = s.shutdown && !d.shutdown;
+                    d.shutdown |= s.shutdown;
+                    notify.extend(news.then_some(domid));
+                }
+                (Some(conn), None) => {
                     info!(domid, "domain is gone");
                     self.close(conn, host);
                 }
-                _ => {}
             }
         }
         if let Some(&first) = notify.first() {

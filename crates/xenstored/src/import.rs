@@ -5,7 +5,7 @@
 //! Destination: bring the stream, import (nodes are made, the connection's state is kept aside), then either attach
 //! or abort.
 
-use crate::conn::{ConnId, Connection, Frozen};
+use crate::conn::{ConnId, Connection, Export, Frozen};
 use crate::domain_ops::domid_arg;
 use crate::host::Host;
 use crate::live_update::buffered;
@@ -310,6 +310,7 @@ impl Store {
                 self.event_for_watch(e.watch, &e.path, None, host.now_ms());
             }
         }
+        self.delayed_ready = true;
         self.wake(id);
         info!(domid, sent, dropped, "connection thawed");
         ok()
@@ -326,12 +327,12 @@ impl Store {
         let c = self.guest_connection(domid)?;
         let id = c.id;
         let stream = match &c.frozen.as_ref().ok_or(Errno::EINVAL)?.export {
-            Some((for_prefixes, stream)) if *for_prefixes == prefixes => stream.clone(),
+            Some(e) if e.prefixes == prefixes => e.stream.clone(),
             _ => {
                 let features = host.ring_features(domid).unwrap_or(0);
                 let stream: Rc<[u8]> = self.export_stream(id, domid, features, &prefixes)?.into();
                 if let Some(f) = self.conns.get_mut(&id).and_then(|c| c.frozen.as_mut()) {
-                    f.export = Some((prefixes, stream.clone()));
+                    f.export = Some(Export { prefixes, stream: stream.clone() });
                 }
                 stream
             }

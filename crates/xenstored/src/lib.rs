@@ -3,6 +3,7 @@
 
 pub mod conn;
 mod control;
+pub mod daemon;
 mod domain_ops;
 pub mod host;
 mod import;

@@ -92,6 +92,7 @@ impl Store {
         if self.live_update.as_ref().is_some_and(|l| l.conn == id) {
             info!("live update: the client that asked is gone, abandoned");
             self.live_update = None;
+            self.delayed_ready = true;
         }
     }
 
@@ -108,6 +109,7 @@ impl Store {
             [b"-a"] => match self.live_update.take() {
                 Some(l) => {
                     info!("live update: aborted");
+                    self.delayed_ready = true;
                     if let Some(s) = l.start {
                         self.late_reply(l.conn, &s.header, "Cancellation was requested");
                     }
@@ -199,6 +201,7 @@ impl Store {
     /// Tells the client, and goes on.
     pub fn live_update_failed(&mut self, why: &str) {
         let Some(l) = self.live_update.take() else { return };
+        self.delayed_ready = true;
         warn!(why, "live update failed, going on");
         if let Some(s) = l.start {
             self.late_reply(l.conn, &s.header, why);
@@ -212,7 +215,8 @@ impl Store {
         }
     }
 
-    /// The whole state as a stream of version 1, which every daemon reads. `fd_of` gives a socket's descriptor. The
+    /// The whole state as a stream of version 1, which every daemon reads. `socket` gives a socket's descriptor and
+    /// what was read from it and not given to [`Store::input`]. The
     /// answer to a started live update is part of it.
     ///
     /// # Errors
@@ -221,20 +225,26 @@ impl Store {
         &self,
         socket_fd: i32,
         evtchn_fd: i32,
-        fd_of: &mut dyn FnMut(ConnId) -> i32,
+        socket: &mut dyn FnMut(ConnId) -> (i32, Vec<u8>),
     ) -> Result<Vec<u8>, EncodeError> {
         let mut w = Writer::new(Format::V1);
         w.record(&Record::Global { socket_fd, evtchn_fd })?;
         for c in self.conns.values() {
+            let mut unread = Vec::new();
             let spec = match c.peer {
-                Peer::Socket => ConnSpec::Socket { fd: fd_of(c.id) },
+                Peer::Socket => {
+                    let (fd, bytes) = socket(c.id);
+                    unread = bytes;
+                    ConnSpec::Socket { fd }
+                }
                 Peer::Domain(domid) => ConnSpec::Ring {
                     domid,
                     tdomid: c.target.unwrap_or(DOMID_INVALID),
                     evtchn: self.domains.get(&domid).map_or(0, |d| d.port),
                 },
             };
-            let (in_data, out_resp_len, mut out_data) = buffered(c);
+            let (mut in_data, out_resp_len, mut out_data) = buffered(c);
+            in_data.extend(unread);
             if let Some(s) = self.live_update.as_ref().filter(|l| l.conn == c.id).and_then(|l| l.start.as_ref()) {
                 out_data
                     .extend(Message::new(s.header.op, s.header.req_id, s.header.tx_id, b"OK\0".to_vec()).to_bytes());
@@ -304,11 +314,11 @@ impl Store {
     /// # Errors
     /// The stream is broken or contradicts itself. A domain whose ring can't be mapped any more is no error: its
     /// connection is kept, ignored, until it dies.
-    pub fn restore(
+    pub fn restore<H: Host>(
         options: Options,
         stream: &[u8],
-        host: &mut dyn FnMut(&Restored) -> Result<Box<dyn Host>, String>,
-    ) -> Result<(Store, Restored, Box<dyn Host>), RestoreError> {
+        host: impl FnOnce(&Restored) -> Result<H, String>,
+    ) -> Result<(Store, Restored, H), RestoreError> {
         let (_, records) = xenstore_wire::stream::read_all(stream)?;
         let fail = |index: usize, what: String| RestoreError::Record { index, what };
         let mut out = Restored { socket_fd: -1, evtchn_fd: -1, sockets: Vec::new() };
@@ -316,7 +326,7 @@ impl Store {
             (out.socket_fd, out.evtchn_fd) = (*socket_fd, *evtchn_fd);
         }
         let mut host = host(&out).map_err(|e| fail(0, e))?;
-        let host_ref: &mut dyn Host = &mut *host;
+        let host_ref: &mut dyn Host = &mut host;
         let mut s = Store::empty(options);
         let mut conns: BTreeMap<u32, ConnId> = BTreeMap::new();
         let mut txs = TxRecords::default();
@@ -450,7 +460,10 @@ impl Store {
             let n = c.decoder.feed(rest).map_err(|_| "an unprocessed request is longer than allowed")?;
             rest = &rest[n..];
             match c.decoder.take() {
-                Some(m) => c.delayed.push_back(m),
+                Some(m) => {
+                    c.delayed.push_back(m);
+                    self.delayed_ready = true;
+                }
                 None if n == 0 => return Err("unprocessed bytes don't make up requests"),
                 None => {}
             }

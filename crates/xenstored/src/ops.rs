@@ -729,28 +729,28 @@ impl Store {
             self.debit(c, host);
         }
         // The overlay's references go first, so that nothing needs to be cloned.
-        let mut changes: Vec<(Rc<[u8]>, State, Option<Rc<[Perm]>>)> = Vec::new();
-        let mut fires: Vec<(Rc<[u8]>, bool, Option<Rc<[Perm]>>)> = Vec::new();
+        let mut changes: Vec<(Rc<[u8]>, State)> = Vec::new();
+        let mut fires: Vec<Fire> = Vec::new();
         for p in std::mem::take(&mut t.order) {
             let Some(a) = t.nodes.remove(&p) else { continue };
             let old = a.base.as_ref().map(|b| b.perms.clone());
             if let Some(exact) = a.fire {
-                fires.push((p.clone(), exact, old.clone()));
+                fires.push(Fire { path: p.clone(), exact, old });
             }
             if !matches!(a.state, State::Unchanged) {
-                changes.push((p, a.state, old));
+                changes.push((p, a.state));
             }
         }
         // Memory of what is changed, before and after.
-        for (p, _, _) in &changes {
+        for (p, _) in &changes {
             if let Some(n) = self.tree.get(p) {
                 let (own, cost) = (n.owner(), node_cost(p, n) as i64);
                 let _ = self.charge(own, -cost, false);
             }
         }
         // Parents before children: a node's place is made by its parent.
-        changes.sort_by_key(|(p, _, _)| if &**p == b"/" { 0 } else { p.iter().filter(|&&b| b == b'/').count() });
-        for (p, state, _) in &mut changes {
+        changes.sort_by_key(|(p, _)| if &**p == b"/" { 0 } else { p.iter().filter(|&&b| b == b'/').count() });
+        for (p, state) in &mut changes {
             let State::Present(change) = state else { continue };
             self.generation += 1;
             let now = self.generation;
@@ -767,17 +767,25 @@ impl Store {
                 n.children.insert(a.clone(), Rc::new(Node::new(now, perms.clone())));
             }
         }
-        for (p, _, _) in &changes {
+        for (p, _) in &changes {
             if let Some(n) = self.tree.get(p) {
                 let (own, cost) = (n.owner(), node_cost(p, n) as i64);
                 let _ = self.charge(own, cost, false);
             }
         }
-        for (p, exact, old) in fires {
-            self.fire(Some(c), &p, None, exact, old.as_deref(), host.now_ms());
+        for f in fires {
+            self.fire(Some(c), &f.path, None, f.exact, f.old.as_deref(), host.now_ms());
         }
         Ok(())
     }
+}
+
+/// Watches to be fired once a commit is done.
+struct Fire {
+    path: Rc<[u8]>,
+    exact: bool,
+    /// Permissions before the transaction.
+    old: Option<Rc<[Perm]>>,
 }
 
 /// New permissions are for the domains of now; kept ones are as old as their node.

@@ -160,6 +160,8 @@ pub struct Store {
     pub(crate) imports: BTreeMap<u16, Import>,
     /// Connections that have something to send since the last look.
     woken: Vec<ConnId>,
+    /// Requests that had to wait may be served now.
+    pub(crate) delayed_ready: bool,
     pub(crate) default_perms: Rc<[Perm]>,
 }
 
@@ -199,6 +201,7 @@ impl Store {
             live_update: None,
             imports: BTreeMap::new(),
             woken: Vec::new(),
+            delayed_ready: false,
             default_perms: perms,
         };
         s.domains.insert(0, Domain::default());
@@ -343,6 +346,9 @@ impl Store {
 
     /// Serves requests that had to wait.
     pub fn run_delayed(&mut self, host: &mut dyn Host) {
+        if !std::mem::take(&mut self.delayed_ready) {
+            return;
+        }
         let ids: Vec<ConnId> = self.conns.values().filter(|c| !c.delayed.is_empty()).map(|c| c.id).collect();
         for id in ids {
             while let Some(m) =

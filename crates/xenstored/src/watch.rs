@@ -38,6 +38,7 @@ impl Watch {
 
 /// All watches.
 #[derive(Debug, Default)]
+#[allow(clippy::len_without_is_empty)]
 pub struct Watches {
     all: BTreeMap<WatchId, Watch>,
     by_path: HashMap<Rc<[u8]>, Vec<WatchId>>,
@@ -103,10 +104,5 @@ impl Watches {
     /// How many there are.
     pub fn len(&self) -> usize {
         self.all.len()
-    }
-
-    /// None at all.
-    pub fn is_empty(&self) -> bool {
-        self.all.is_empty()
     }
 }

@@ -1,0 +1,22 @@
+//! The daemon: one thread, one loop, over [`Store`].
+
+mod events;
+pub mod log;
+pub mod machine;
+pub mod process;
+pub mod ring;
+pub mod xen;
+
+pub use events::Daemon;
+
+use std::path::PathBuf;
+
+/// Folder of the socket and of the state at a live update, as the stock daemon finds it.
+pub fn run_dir() -> PathBuf {
+    std::env::var_os("XENSTORED_RUNDIR").map_or_else(|| PathBuf::from("/run/xenstored"), PathBuf::from)
+}
+
+/// The socket, as xenstore's tools find it.
+pub fn socket_path() -> PathBuf {
+    std::env::var_os("XENSTORED_PATH").map_or_else(|| run_dir().join("socket"), PathBuf::from)
+}
