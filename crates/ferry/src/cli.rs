@@ -18,6 +18,10 @@ pub struct Cli {
 /// One variant per subcommand; its arguments and its code are in the module of the same name under `commands`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Look at this host: what it has and lacks for moving guests
+    Host(commands::host::Args),
+    /// Show a guest's whole state in the hypervisor, or compare two
+    Inspect(commands::inspect::Args),
     /// Write the manual pages, one file per command
     Man(commands::man::Args),
     /// Look into saved domains and recorded migrations

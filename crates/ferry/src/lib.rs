@@ -5,4 +5,6 @@
 
 pub mod cli;
 pub mod commands;
+pub mod domain;
 pub mod exit;
+pub mod host_check;

@@ -1,5 +1,7 @@
 //! One module per subcommand: its `Args`, and a `run` that does it.
 
+pub mod host;
+pub mod inspect;
 pub mod man;
 pub mod stream;
 
@@ -7,6 +9,8 @@ use crate::cli::{Cli, Command};
 
 pub fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
+        Command::Host(args) => host::run(args),
+        Command::Inspect(args) => inspect::run(args),
         Command::Man(args) => man::run(args),
         Command::Stream(args) => stream::run(args),
     }

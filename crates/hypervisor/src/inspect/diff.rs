@@ -43,6 +43,7 @@ const EXPECTED: &[(&str, &str)] = &[
     ("vcpus.*.blocked", "the scheduler's business"),
     ("vcpus.*.cpu_time_ns", "counted by each host for itself"),
     ("tsc.elapsed_ns", "time goes on"),
+    ("hvm_records.*.fields.tsc", "time goes on"),
     ("tsc.incarnation", "counts the moves"),
     ("ports.*.state.interdomain", "the other end binds anew"),
     ("ports.*.state.unbound", "the other end binds anew"),
