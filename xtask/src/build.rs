@@ -9,7 +9,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The programs for dom0 and guests, as package and binary. They are linked statically (glibc's static libraries come
 /// with Debian's gcc), because dom0's image has other libraries than this machine.
-const STATIC: &[(&str, &str)] = &[("lab-agent", "lab-agent")];
+const STATIC: &[(&str, &str)] = &[("lab-agent", "lab-agent"), ("lab-agent", "lab-remote"), ("witness", "witness")];
 
 /// The workspace's root.
 pub fn root() -> Result<&'static Path> {

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod exec;
+mod run;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
@@ -20,6 +21,14 @@ struct Cli {
 enum Command {
     /// Boot hosts, run a script in the first one's dom0, and exit with its exit code.
     Exec(exec::Options),
+    /// Run a scenario: boot its hosts, carry out its steps, judge the promises, report.
+    Run(run::Options),
+    /// List the scenarios of a folder.
+    List {
+        /// The folder.
+        #[arg(default_value = run::SCENARIOS)]
+        folder: PathBuf,
+    },
 }
 
 /// What every command that boots hosts takes.
@@ -49,5 +58,7 @@ impl Common {
 pub fn main() -> Result<ExitCode> {
     match Cli::parse().command {
         Command::Exec(options) => exec::run(&options),
+        Command::Run(options) => run::run(&options),
+        Command::List { folder } => run::list(&folder),
     }
 }

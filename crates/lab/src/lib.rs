@@ -15,6 +15,8 @@ pub mod packages;
 pub mod process;
 pub mod progress;
 pub mod qemu;
+pub mod report;
+pub mod run;
 pub mod scenario;
 pub mod steps;
 pub mod verdict;

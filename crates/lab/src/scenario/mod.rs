@@ -85,9 +85,9 @@ pub struct Disk {
     pub name: Spanned<String>,
     #[serde(default = "defaults::disk_size")]
     pub size: Size,
-    /// Requests a second that the disk serves at most; 0 is as many as it can.
+    /// Each request takes this much longer (whole milliseconds), so that more of them are under way.
     #[serde(default)]
-    pub iops: u32,
+    pub delay: Span,
 }
 
 /// How Xen runs the guest.

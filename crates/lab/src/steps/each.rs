@@ -207,7 +207,9 @@ impl Executor<'_> {
         self.lab.peer.begin(guest);
         let ran = host.shell(&format!("xl create {}", shell_word(&files.config)), limit)?;
         self.must(&ran, "xl create", on, Some(guest))?;
-        self.record(guest).on = Some(on.to_owned());
+        let record = self.record(guest);
+        record.on = Some(on.to_owned());
+        record.created = true;
         Ok(())
     }
 

@@ -109,6 +109,8 @@ pub struct PeerMark {
 pub struct GuestRecord {
     /// The host on which it is, if it is on any.
     pub on: Option<String>,
+    /// True once it was made.
+    pub created: bool,
     /// The first look at it.
     pub first: Option<Received<Snapshot>>,
     pub copies: Vec<Copies>,

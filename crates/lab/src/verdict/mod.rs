@@ -44,6 +44,23 @@ impl Promise {
         Promise::T10,
         Promise::S1,
     ];
+
+    /// What it promises, in a few words.
+    pub fn title(self) -> &'static str {
+        match self {
+            Promise::T1 => "domid, uuid and name",
+            Promise::T2 => "xenstore nodes and permissions",
+            Promise::T3 => "watches and transactions",
+            Promise::T4 => "event channels",
+            Promise::T5 => "grant table",
+            Promise::T6 => "shared areas, vectors, callback",
+            Promise::T7 => "clocks and timers",
+            Promise::T8 => "ring requests and disk writes",
+            Promise::T9 => "TCP connections, network place",
+            Promise::T10 => "memory and vCPU state",
+            Promise::S1 => "one running copy",
+        }
+    }
 }
 
 impl From<witness::report::Promise> for Promise {

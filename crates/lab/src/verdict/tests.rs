@@ -73,7 +73,12 @@ fn outcome(moves: &[Move], record: &GuestRecord, view: &GuestView, switch: &Swit
 }
 
 fn record() -> GuestRecord {
-    GuestRecord { on: Some("b".to_owned()), first: Some(look(5, 1)), copies: vec![copies(vec![listed("b", 2.0)])] }
+    GuestRecord {
+        on: Some("b".to_owned()),
+        created: true,
+        first: Some(look(5, 1)),
+        copies: vec![copies(vec![listed("b", 2.0)])],
+    }
 }
 
 #[test]

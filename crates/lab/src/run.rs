@@ -1,0 +1,406 @@
+//! A whole run of a scenario: boots its hosts, carries out its steps, judges, reports, and leaves nothing behind.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use lab_agent::message::Exec;
+use witness::disk::{JournalFault, check_journal};
+
+use crate::host::{Assets, Host, HostConfig, HostFile, static_binary};
+use crate::image::guest;
+use crate::lock::Lock;
+use crate::net::RunClock;
+use crate::net::peer::{GuestView, Peer, Received};
+use crate::net::ports::Network;
+use crate::process::{self, Scratch};
+use crate::progress::{self, Step as Progress};
+use crate::qemu::{Disk, Nic};
+use crate::report::{GuestReport, MoveReport, RunReport, unexpected};
+use crate::scenario::{GuestType, Host as HostWish, Scenario, Step, Xenstored};
+use crate::steps::host::LabHost;
+use crate::steps::plan::{self, DOM0_FOLDER};
+use crate::steps::{Executor, Lab, race};
+use crate::verdict::{self, Judged, Seen};
+
+/// How long a host may take to boot.
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+/// How often a run that met the emulator's race is tried.
+const ATTEMPTS: u32 = 3;
+/// Time between two looks at the CPU time of a guest's copies: `xl list` counts tenths of seconds, and emulation is slow.
+const LOOKS_APART: Duration = Duration::from_secs(3);
+
+/// What is run, and where its traces go.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The scenario's file.
+    pub scenario: PathBuf,
+    /// The run's folder is made in this one.
+    pub run_dir: PathBuf,
+    /// Leave the disks' images in the run's folder.
+    pub keep: bool,
+    /// How long to wait for another lab's end.
+    pub wait: Option<Duration>,
+}
+
+/// Reads a scenario.
+pub fn load(file: &Path) -> Result<Scenario> {
+    let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+    Ok(Scenario::parse(file, &text)?)
+}
+
+/// Runs a scenario. An error means that it could not be run; a run that failed is a report.
+pub fn run(options: &Options) -> Result<(Scenario, RunReport)> {
+    let scenario = load(&options.scenario)?;
+    process::end_cleanly(Some(scenario.time_limit.0))?;
+    let assets = Assets::prepare()?;
+    let _lock = Lock::take(options.wait)?;
+    let name = options.scenario.file_stem().map_or_else(|| "run".into(), |s| s.to_string_lossy().into_owned());
+    let mut races = Vec::new();
+    for attempt in 1.. {
+        let folder = options.run_dir.join(&name);
+        if folder.exists() {
+            fs::remove_dir_all(&folder).with_context(|| format!("remove the last run's {}", folder.display()))?;
+        }
+        fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+        let scratch = Scratch::new()?;
+        let one = Attempt { scenario: &scenario, assets: &assets, options, folder: &folder, scratch: scratch.path() };
+        let mut report = one.run(&name)?;
+        report.attempt = attempt;
+        let found: Vec<_> = scenario
+            .hosts
+            .iter()
+            .filter_map(|host| {
+                let log = fs::read(folder.join(host.name.get_ref()).join("console.log")).ok()?;
+                Some((host.name.get_ref().clone(), race::find(&String::from_utf8_lossy(&log))?))
+            })
+            .collect();
+        let raced = !found.is_empty();
+        races.extend(found);
+        if report.passed || !raced || attempt >= ATTEMPTS {
+            report.emulator_races = races;
+            return Ok((scenario, report));
+        }
+        progress::say("the run met the emulator's race (a triple fault with Xen's own RIP and stack): once more");
+    }
+    bail!("the run was tried too often")
+}
+
+struct Attempt<'a> {
+    scenario: &'a Scenario,
+    assets: &'a Assets,
+    options: &'a Options,
+    folder: &'a Path,
+    scratch: &'a Path,
+}
+
+/// What holds the run together once its hosts are up.
+struct Booted {
+    network: Network,
+    peer: Peer,
+    hosts: Vec<Arc<Host>>,
+    clock: RunClock,
+    disks: BTreeMap<String, String>,
+}
+
+impl Attempt<'_> {
+    fn run(&self, name: &str) -> Result<RunReport> {
+        let began = Instant::now();
+        let booted = self.boot()?;
+        let set_up = began.elapsed();
+        let hosts: Vec<Arc<dyn LabHost>> = booted.hosts.iter().map(|h| h.clone() as Arc<dyn LabHost>).collect();
+        let base = self.options.scenario.parent().unwrap_or(Path::new("")).to_owned();
+        let lab = Lab {
+            scenario: self.scenario,
+            hosts: &hosts,
+            network: &booted.network,
+            peer: &booted.peer,
+            clock: booted.clock,
+            apart: LOOKS_APART,
+            disks: &booted.disks,
+            base: &base,
+            folder: self.folder,
+        };
+        let mut executor = Executor::new(lab);
+        let mut error = executor.run(&|executor, step| self.expect_verdict(executor, step)).err();
+        if let Err(last) = executor.finish() {
+            error = Some(match error {
+                Some(first) => first.context(format!("{last:#}")),
+                None => last,
+            });
+        }
+        for host in &booted.hosts {
+            self.collect(host);
+        }
+        let views = booted.peer.view();
+        let switch = booted.network.switch().report();
+        let mut moves = Vec::new();
+        for entry in &executor.moves {
+            moves.push(MoveReport::new(entry, views.iter().find(|v| v.name == entry.guest)));
+        }
+        let guests = self.judge_all(&executor, &views);
+        let steps = std::mem::take(&mut executor.results);
+        drop(executor);
+        drop(hosts);
+        drop(booted);
+        if self.options.keep {
+            for disk in &self.scenario.disks {
+                let from = self.image(disk.name.get_ref());
+                let to = self.folder.join(format!("{}.raw", disk.name.get_ref()));
+                fs::copy(&from, &to).with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
+            }
+        }
+        let unexpected = unexpected(&self.scenario.expect, &guests, &moves);
+        Ok(RunReport {
+            passed: error.is_none() && unexpected.is_empty(),
+            scenario: name.to_owned(),
+            about: self.scenario.about.clone(),
+            folder: self.folder.to_owned(),
+            took: began.elapsed(),
+            set_up,
+            attempt: 1,
+            emulator_races: Vec::new(),
+            steps,
+            error: error.map(|e| format!("{e:#}")),
+            moves,
+            guests,
+            switch,
+            unexpected,
+        })
+    }
+
+    fn image(&self, disk: &str) -> PathBuf {
+        self.scratch.join(format!("{disk}.raw"))
+    }
+
+    /// Boots the hosts and makes everything ready for the first step.
+    fn boot(&self) -> Result<Booted> {
+        let clock = RunClock::start();
+        let mut network = Network::start(clock, Some(&self.folder.join("network.pcap"))).context("start the switch")?;
+        for disk in &self.scenario.disks {
+            let image = self.image(disk.name.get_ref());
+            File::create(&image)
+                .and_then(|file| file.set_len(disk.size.0))
+                .with_context(|| format!("make the disk {}", image.display()))?;
+        }
+        let files = self.files()?;
+        let mut wishes: Vec<(usize, &HostWish)> = self.scenario.hosts.iter().enumerate().collect();
+        for (index, wish) in &wishes {
+            let (ours, card) = self.sockets(*index);
+            network.add_card(wish.name.get_ref(), &ours, &card).context("add a port to the switch")?;
+        }
+        let (_, port) = network.add_local("peer").context("add the peer's port to the switch")?;
+        let peer = Peer::start(port, clock, plan::peer_config(self.scenario, Some(self.folder.to_owned())))
+            .context("start the peer")?;
+        // The host with the longest uptime starts first.
+        wishes.sort_by_key(|(_, wish)| std::cmp::Reverse(wish.uptime_skew.0));
+        let longest = wishes.first().map(|(_, wish)| wish.uptime_skew.0).unwrap_or_default();
+        let start = Instant::now();
+        let mut launched = Vec::new();
+        for (index, wish) in wishes {
+            std::thread::sleep((start + (longest - wish.uptime_skew.0)).saturating_duration_since(Instant::now()));
+            launched.push((
+                index,
+                Host::launch(self.assets, self.config(index, wish, &files)?, self.folder, self.scratch)?,
+            ));
+        }
+        launched.sort_by_key(|(index, _)| *index);
+        let hosts: Vec<Arc<Host>> = launched.into_iter().map(|(_, host)| Arc::new(host)).collect();
+        for host in &hosts {
+            host.wait_ready(BOOT_LIMIT)?;
+        }
+        let mut disks = BTreeMap::new();
+        for (host, wish) in hosts.iter().zip(&self.scenario.hosts) {
+            let serve = Exec {
+                argv: vec![format!("{DOM0_FOLDER}/lab-remote"), "serve".to_owned()],
+                background: Some("/var/log/xen/lab-remote.log".to_owned()),
+                ..Exec::default()
+            };
+            host.exec(&serve).context("start the transport for xl migrate")?;
+            use_up_domids(host, wish.used_domids)?;
+            for disk in &self.scenario.disks {
+                disks.insert(disk.name.get_ref().clone(), disk_path(host, disk)?);
+            }
+        }
+        Ok(Booted { network, peer, hosts, clock, disks })
+    }
+
+    fn sockets(&self, index: usize) -> (PathBuf, PathBuf) {
+        (self.scratch.join(format!("port{index}")), self.scratch.join(format!("card{index}")))
+    }
+
+    /// What every dom0 gets.
+    fn files(&self) -> Result<Vec<HostFile>> {
+        let file = |local: PathBuf, name: &str, mode| HostFile { local, remote: format!("{DOM0_FOLDER}/{name}"), mode };
+        let mut files = vec![
+            file(self.assets.kernel_image.clone(), "kernel", 0o644),
+            file(static_binary("lab-remote")?, "lab-remote", 0o755),
+        ];
+        if self.scenario.guests.iter().any(|g| g.witness && g.ramdisk.is_none()) {
+            let ramdisk = self.scratch.join("witness-ramdisk");
+            guest::ramdisk(&ramdisk, &static_binary("witness")?, &self.assets.kernel, guest::FRONTENDS, &[])
+                .context("make the witness's ramdisk")?;
+            files.push(file(ramdisk, "ramdisk", 0o644));
+        }
+        if let Some(guest) =
+            self.scenario.guests.iter().find(|g| !g.witness && g.ramdisk.is_none() && g.kernel.is_none())
+        {
+            bail!(
+                "guest {}: it has no witness, so name a kernel (and a ramdisk, if it needs one)",
+                guest.name.get_ref()
+            );
+        }
+        if let Some(guest) = self.scenario.guests.iter().find(|g| g.kind == GuestType::Hvm)
+            && !self.assets.dom0.tree.join("usr/libexec/xen-qemu-system-i386").exists()
+        {
+            bail!("guest {}: type hvm needs a device model, which dom0's image does not have", guest.name.get_ref());
+        }
+        Ok(files)
+    }
+
+    fn config(&self, index: usize, wish: &HostWish, files: &[HostFile]) -> Result<HostConfig> {
+        let name = wish.name.get_ref();
+        for (key, wanted, tree, package) in [
+            ("xen", &wish.xen, &self.assets.hypervisor, "xen-hypervisor-4.17-amd64"),
+            ("dom0-kernel", &wish.dom0_kernel, &self.assets.kernel, "linux-image-6.1.0-50-amd64"),
+        ] {
+            if let Some(wanted) = wanted {
+                let there = tree.version(package)?;
+                if wanted != there {
+                    bail!("host {name}: {key} = {wanted:?}, but the lab's packages have {there:?}; see packages.toml");
+                }
+            }
+        }
+        let (ours, card) = self.sockets(index);
+        let xenstored = match wish.xenstored {
+            Xenstored::Stock => None,
+            Xenstored::Ferry => Some(vec![format!("{DOM0_FOLDER}/ferry-xenstored")]),
+        };
+        let mut files = files.to_vec();
+        if xenstored.is_some() {
+            let local = static_binary("ferry-xenstored")?;
+            files.push(HostFile { local, remote: format!("{DOM0_FOLDER}/ferry-xenstored"), mode: 0o755 });
+        }
+        let disks = self
+            .scenario
+            .disks
+            .iter()
+            .map(|disk| Disk { serial: disk.name.get_ref().clone(), image: self.image(disk.name.get_ref()) });
+        Ok(HostConfig {
+            vcpus: wish.vcpus,
+            memory_mib: u32::try_from(wish.memory.as_mib()).context("the host's memory")?,
+            dom0_memory_mib: u32::try_from(wish.dom0_memory.as_mib()).context("dom0's memory")?,
+            xen_options: wish.xen_options.clone(),
+            wallclock_skew_ms: (wish.wallclock_skew.0 * 1e3) as i64,
+            nic: Some(Nic { mac: plan::host_mac(index).0, local: card, remote: ours }),
+            address: Some(format!("{}/{}", plan::host_addr(index), plan::PREFIX)),
+            disks: disks.collect(),
+            files,
+            xenstored,
+            ..HostConfig::new(name)
+        })
+    }
+
+    /// Copies a host's logs into the run's folder. The host may be dead, so nothing here fails the run.
+    fn collect(&self, host: &Host) {
+        for guest in &self.scenario.guests {
+            let name = guest.name.get_ref();
+            if let Ok(log) = host.get(&format!("/var/log/xen/console/guest-{name}.log"))
+                && let Err(error) = fs::write(host.directory().join(format!("guest-{name}.log")), log)
+            {
+                progress::say(format!("{}: {name}'s console log could not be kept: {error}", Host::name(host)));
+            }
+        }
+        host.collect_logs();
+    }
+
+    /// Holds the journal on a guest's first disk against what the peer was told.
+    fn journal(&self, guest: &str, view: &GuestView) -> Option<Vec<JournalFault>> {
+        let guest = self.scenario.guest(guest)?;
+        let settings = guest.workload.settings().ok()?;
+        let disk = guest.vbds.first()?.disk.get_ref();
+        let beat = view.beats.last().map(|beat| beat.body.journal);
+        let acknowledged = view.journal.last().map(|a| a.record).max(beat)?;
+        if acknowledged == 0 {
+            return None;
+        }
+        let told =
+            |record| view.journal.binary_search_by_key(&record, |a| a.record).ok().map(|at| view.journal[at].crc);
+        let image = match File::open(self.image(disk)) {
+            Ok(image) => image,
+            Err(error) => return Some(vec![JournalFault::Read { record: 0, error: error.to_string() }]),
+        };
+        Some(check_journal(settings.seed, acknowledged, told, |at, buffer| image.read_exact_at(buffer, at)))
+    }
+
+    fn judge(&self, executor: &Executor<'_>, view: &GuestView, journal: Option<Vec<JournalFault>>) -> Vec<Judged> {
+        let Some(record) = executor.guests.get(&view.name) else { return Vec::new() };
+        let switch = executor.lab().network.switch().report();
+        let moves = executor.moves.iter().filter(|m| m.guest == view.name).collect();
+        verdict::judge(&Seen {
+            guest: &view.name,
+            record,
+            moves,
+            view,
+            switch: &switch,
+            journal,
+            last: view.snapshots.last(),
+        })
+    }
+
+    fn judge_all(&self, executor: &Executor<'_>, views: &[GuestView]) -> Vec<GuestReport> {
+        let created = |view: &&GuestView| executor.guests.get(&view.name).is_some_and(|r| r.created);
+        let report = |view: &GuestView| GuestReport {
+            guest: view.name.clone(),
+            verdict: self.judge(executor, view, self.journal(&view.name, view)),
+            absent: view.hello.as_ref().map(|h: &Received<_>| h.body.absent.clone()).unwrap_or_default(),
+            peer: view.clone(),
+        };
+        views.iter().filter(created).map(report).collect()
+    }
+
+    /// The `expect-verdict` step.
+    fn expect_verdict(&self, executor: &Executor<'_>, step: &Step) -> Result<()> {
+        let Step::ExpectVerdict(expected) = step else { return Ok(()) };
+        let views = executor.lab().peer.view();
+        let guests = self.judge_all(executor, &views);
+        let expect = crate::scenario::Expect { promise: expected.clone(), ..Default::default() };
+        let found = unexpected(&expect, &guests, &[]);
+        if found.is_empty() { Ok(()) } else { bail!("{}", found.join("\n  ")) }
+    }
+}
+
+/// Makes and destroys so many empty domains, so that the next one has a higher domid.
+fn use_up_domids(host: &Host, count: u16) -> Result<()> {
+    if count == 0 {
+        return Ok(());
+    }
+    let step = Progress::begin(format!("{}: using up {count} domids", Host::name(host)));
+    let script = format!(
+        "python3 -c 'import xen.lowlevel.xc as x\nc = x.xc()\nfor _ in range({count}):\n c.domain_destroy(c.domain_create())'"
+    );
+    host.sh(&script).context("use up domids")?;
+    step.done();
+    Ok(())
+}
+
+/// Where a shared disk is in a dom0; a slow one is a device-mapper target before it.
+fn disk_path(host: &Host, disk: &crate::scenario::Disk) -> Result<String> {
+    let name = disk.name.get_ref();
+    let path = format!("/dev/disk/by-id/{name}");
+    let delay = disk.delay.0.as_millis();
+    if delay == 0 {
+        return Ok(path);
+    }
+    let sectors = disk.size.0 / 512;
+    let script = format!(
+        "modprobe dm-delay && dmsetup create --noudevsync slow-{name} --table '0 {sectors} delay {path} 0 {delay}' && \
+         dmsetup mknodes && ls /dev/mapper/slow-{name}"
+    );
+    host.sh(&script).with_context(|| format!("make the disk {name} slow"))?;
+    Ok(format!("/dev/mapper/slow-{name}"))
+}
