@@ -1,6 +1,7 @@
 //! `cargo xtask`: every task of the project that is not a plain cargo command.
 
 mod build;
+mod extension;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
@@ -19,6 +20,24 @@ struct Cli {
 enum Task {
     /// Build everything that the lab runs: the static programs for dom0 and guests, and `ferry-lab` itself.
     Build,
+    /// Build the hypervisor extension for every build of Xen that it has a table for.
+    Extension {
+        /// Prove that the object has no instruction, relocation or reference that may not be in a payload.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Make the extension's table for one build of Xen, from Debian's source of it and its symbol file.
+    ExtensionTable {
+        /// Folder with Debian's source of that version, patches applied; fetched when it is not given.
+        #[arg(long, requires_all = ["symbols", "config"])]
+        source: Option<std::path::PathBuf>,
+        /// `xen-syms` of the hypervisor's -dbg package.
+        #[arg(long)]
+        symbols: Option<std::path::PathBuf>,
+        /// `/boot/xen-*.config` of the hypervisor's package.
+        #[arg(long)]
+        config: Option<std::path::PathBuf>,
+    },
     /// Build, then run `ferry-lab` with the given arguments.
     #[command(disable_help_flag = true)]
     Lab {
@@ -31,6 +50,10 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Cli::parse().task {
         Task::Build => build::everything().map(|_| ExitCode::SUCCESS),
+        Task::Extension { check } => extension::build(check).map(|_| ExitCode::SUCCESS),
+        Task::ExtensionTable { source, symbols, config } => {
+            extension::make_table(source, symbols, config).map(|()| ExitCode::SUCCESS)
+        }
         Task::Lab { arguments } => lab(&arguments),
     };
     result.unwrap_or_else(|error| {

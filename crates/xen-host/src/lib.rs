@@ -10,6 +10,7 @@ mod events;
 mod ext;
 mod grants;
 mod host;
+pub mod livepatch;
 mod mapping;
 mod memory;
 mod privcmd;

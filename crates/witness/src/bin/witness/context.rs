@@ -73,9 +73,7 @@ impl Context {
         if self.phase() == Phase::Starting {
             return;
         }
-        if !matches!(what, Noticed::ClockGap(_)) {
-            self.counters.anomalies.add(1);
-        }
+        self.counters.anomalies.add(1);
         if self.reporter.may_send(&what) {
             self.send(Body::Anomaly(Anomaly { mono_ns: crate::clock::mono_ns(), what }));
         } else {

@@ -1,0 +1,531 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! A clock offset for each domain, and the places of Xen where guests are told host time or name it.
+//!
+//! A guest's system time is the host's `NOW()` plus its domain's offset. Stock Xen has no such offset, so each function that hands out
+//! or takes host time for a guest is wrapped: for a domain without an offset the original runs, untouched; for one
+//! with an offset the few operations concerned are done here in the guest's time.
+//!
+//! | function of Xen | what it does for a guest | with an offset |
+//! |---|---|---|
+//! | `__update_vcpu_system_time` | writes vcpu_time_info | `system_time` has the offset added |
+//! | `update_domain_wallclock_time` | writes `wc_*` of shared_info | the offset is taken off, so that wall time goes on |
+//! | `update_runstate_area` | writes the runstate area | `state_entry_time` has the offset added |
+//! | `common_vcpu_op` | singleshot timer, runstate | in the guest's time |
+//! | `compat_common_vcpu_op`, `compat_vcpu_op` | the same for 32-bit guests | in the guest's time |
+//! | `do_set_timer_op` | timer | expiry has the offset taken off |
+//! | `do_poll` | time-out of SCHEDOP_poll | likewise |
+//! | `do_hvm_op` | HVMOP_get_time | the offset is added |
+//!
+//! Platform timers, the TSC and the viridian clock have offsets of their own in the HVM context and need nothing here.
+
+use core::sync::atomic::{AtomicI64, AtomicPtr, AtomicU32, Ordering, compiler_fence};
+
+use crate::abi;
+use crate::table as t;
+use crate::xen::{self, Domain, EBUSY, EFAULT, EINVAL, Vcpu, load, store};
+
+/// One slot for each domid. It belongs to a domain only while `owner` is that domain: a domid can be used again before the last
+/// domain that had it is freed, the memory of a domain cannot.
+struct Slot {
+    owner: AtomicPtr<u8>,
+    offset: AtomicI64,
+}
+
+const SLOTS: usize = 0x8000;
+
+static TABLE: [Slot; SLOTS] =
+    [const { Slot { owner: AtomicPtr::new(core::ptr::null_mut()), offset: AtomicI64::new(0) } }; SLOTS];
+
+/// Domains that own a slot.
+static DOMAINS: AtomicU32 = AtomicU32::new(0);
+
+#[inline(always)]
+fn slot(d: Domain) -> &'static Slot {
+    // The mask keeps the index inside the table whatever the domid, in speculation too.
+    unsafe { TABLE.get_unchecked(usize::from(d.id()) & (SLOTS - 1)) }
+}
+
+/// The domain's clock offset, ns.
+#[inline(always)]
+pub fn offset(d: Domain) -> i64 {
+    let slot = slot(d);
+    if slot.owner.load(Ordering::Acquire) == d.0 { slot.offset.load(Ordering::Relaxed) } else { 0 }
+}
+
+/// Number of domains that have an offset.
+pub fn domains() -> u32 {
+    DOMAINS.load(Ordering::SeqCst)
+}
+
+/// Gives a paused domain its offset. Timers that run keep their expiry in the guest's time, so they move in the host's.
+pub fn set(d: Domain, new: i64) {
+    let old = offset(d);
+    let slot = slot(d);
+    let owned = slot.owner.load(Ordering::Acquire) == d.0;
+    if new == 0 {
+        if owned {
+            slot.owner.store(core::ptr::null_mut(), Ordering::Release);
+            DOMAINS.fetch_sub(1, Ordering::SeqCst);
+        }
+    } else {
+        slot.offset.store(new, Ordering::Relaxed);
+        if !owned {
+            // A slot of a former domain of this domid counts as ours from here on: it is freed with its owner otherwise.
+            if slot.owner.load(Ordering::Acquire).is_null() {
+                DOMAINS.fetch_add(1, Ordering::SeqCst);
+            }
+            slot.owner.store(d.0, Ordering::Release);
+        }
+    }
+    let shift = old.wrapping_sub(new);
+    if shift == 0 {
+        return;
+    }
+    for id in 0..d.max_vcpus() {
+        let Some(v) = d.vcpu(id) else { continue };
+        unsafe {
+            let _held = xen::Spin::lock(v.at(t::V_PERIODIC_LOCK));
+            let last: i64 = v.get(t::V_PERIOD_LAST);
+            v.set(t::V_PERIOD_LAST, last.saturating_add(shift));
+            for timer in [v.at(t::V_SINGLESHOT), v.at(t::V_POLL_TIMER)] {
+                if xen::timer_is_active(timer) {
+                    xen::set_timer(timer, xen::timer_expires(timer).saturating_add(shift).max(1));
+                }
+            }
+        }
+    }
+    ferry_update_domain_wallclock_time(d.0);
+}
+
+/// Frees the slot of a domain that is being destroyed.
+fn release(d: Domain) {
+    if slot(d).owner.compare_exchange(d.0, core::ptr::null_mut(), Ordering::SeqCst, Ordering::Relaxed).is_ok() {
+        DOMAINS.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Host time of a time that a guest named, at least 1 (0 means "none" to Xen).
+fn host_time(guest: i64, offset: i64) -> i64 {
+    guest.wrapping_sub(offset).max(1)
+}
+
+// ---- the functions that stand in for Xen's ----------------------------------------------------------------------------
+
+unsafe extern "C" {
+    fn ferry_original_update_vcpu_system_time(v: *mut u8, force: i32);
+    fn ferry_original_update_runstate_area(v: *mut u8) -> bool;
+    fn ferry_original_common_vcpu_op(cmd: i32, v: *mut u8, arg: u64) -> i64;
+    fn ferry_original_compat_common_vcpu_op(cmd: i32, v: *mut u8, arg: u64) -> i32;
+    fn ferry_original_compat_vcpu_op(cmd: i32, id: u32, arg: u64) -> i32;
+    fn ferry_original_do_set_timer_op(timeout: i64) -> i64;
+    fn ferry_original_do_poll(poll: *mut u8) -> i64;
+    fn ferry_original_do_hvm_op(op: u64, arg: u64) -> i64;
+    fn ferry_original_arch_domain_destroy(d: *mut u8);
+}
+
+/// `struct vcpu_time_info` (public/xen.h).
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct TimeInfo {
+    version: u32,
+    pad0: u32,
+    tsc_timestamp: u64,
+    system_time: u64,
+    tsc_to_system_mul: u32,
+    tsc_shift: i8,
+    flags: u8,
+    pad1: [u8; 2],
+}
+
+const PVCLOCK_TSC_STABLE: u8 = 1;
+
+/// `__update_vcpu_system_time(v, force)`.
+#[unsafe(no_mangle)]
+extern "C" fn ferry_update_vcpu_system_time(v: *mut u8, force: i32) {
+    let d = Vcpu(v).domain();
+    let offset = offset(d);
+    if offset == 0 {
+        return unsafe { ferry_original_update_vcpu_system_time(v, force) };
+    }
+    unsafe { write_time_info(Vcpu(v), d, offset, force != 0) }
+}
+
+/// Writes an HVM guest's vcpu_time_info, in the order that its readers expect: version odd, contents, version even.
+unsafe fn write_time_info(v: Vcpu, d: Domain, offset: i64, force: bool) {
+    let info: *mut u8 = v.get(t::V_INFO);
+    if info.is_null() {
+        return;
+    }
+    let at = if d.has_32bit_shinfo() { t::VI32_TIME } else { t::VI_TIME };
+    let place = unsafe { info.add(at).cast::<TimeInfo>() };
+    let cpu = xen::cpu_time();
+
+    let (mut tsc, mul, shift);
+    if d.get::<u8>(t::D_VTSC) != 0 {
+        // The emulated TSC is bound to the platform timers' time, which has its own offset: ours stays out of it.
+        let pl: *const u8 = d.get(t::D_PL_TIME);
+        let stime = cpu
+            .local_stime
+            .wrapping_add(unsafe { load(pl, t::PL_STIME_OFFSET) })
+            .wrapping_add(v.get(t::V_HVM_STIME_OFFSET));
+        tsc = if stime >= 0 {
+            unsafe { xen::gtime_to_gtsc(d.0, stime as u64) }
+        } else {
+            unsafe { xen::gtime_to_gtsc(d.0, stime.wrapping_neg() as u64) }.wrapping_neg()
+        };
+        mul = d.get(t::D_VTSC_TO_NS + t::TS_MUL);
+        shift = d.get::<i32>(t::D_VTSC_TO_NS + t::TS_SHIFT) as i8;
+    } else if xen::tsc_scaling_supported() {
+        tsc = unsafe { xen::hvm_scale_tsc(d.0, cpu.local_tsc) };
+        mul = d.get(t::D_VTSC_TO_NS + t::TS_MUL);
+        shift = d.get::<i32>(t::D_VTSC_TO_NS + t::TS_SHIFT) as i8;
+    } else {
+        tsc = cpu.local_tsc;
+        mul = cpu.mul_frac;
+        shift = cpu.shift as i8;
+    }
+    tsc = tsc.wrapping_add(v.get(t::V_TSC_OFFSET));
+
+    unsafe {
+        let old = place.read_volatile();
+        let mut new = TimeInfo {
+            version: old.version,
+            pad0: 0,
+            tsc_timestamp: tsc,
+            system_time: cpu.local_stime.wrapping_add(offset) as u64,
+            tsc_to_system_mul: mul,
+            tsc_shift: shift,
+            flags: if xen::clocksource_is_tsc() { PVCLOCK_TSC_STABLE } else { 0 },
+            pad1: [0; 2],
+        };
+        let same = old.tsc_timestamp == new.tsc_timestamp
+            && old.system_time == new.system_time
+            && old.tsc_to_system_mul == new.tsc_to_system_mul
+            && old.tsc_shift == new.tsc_shift
+            && old.flags == new.flags;
+        if same && !force {
+            return;
+        }
+        let version = &raw mut (*place).version;
+        new.version = old.version.wrapping_add(1) | 1;
+        version.write_volatile(new.version);
+        compiler_fence(Ordering::SeqCst);
+        place.write_volatile(new);
+        compiler_fence(Ordering::SeqCst);
+        version.write_volatile(new.version.wrapping_add(1));
+        xen::update_secondary_system_time(v.0, (&raw const new).cast());
+    }
+}
+
+/// `update_domain_wallclock_time(d)`, whole: also for domains without an offset, for which it does what Xen's does.
+#[unsafe(no_mangle)]
+extern "C" fn ferry_update_domain_wallclock_time(d: *mut u8) {
+    let d = Domain(d);
+    let (_held, sec, nsec) = xen::locked_wall_clock();
+    let (sec, nsec) = guest_wall_clock(d, sec, nsec);
+    let si = d.shared_info();
+    let [version, wc_sec, wc_nsec, wc_sec_hi] = if d.has_32bit_shinfo() {
+        [t::SI32_WC_VERSION, t::SI32_WC_SEC, t::SI32_WC_NSEC, t::SI32_WC_SEC_HI]
+    } else {
+        [t::SI_WC_VERSION, t::SI_WC_SEC, t::SI_WC_NSEC, t::SI_WC_SEC_HI]
+    };
+    unsafe {
+        let odd = load::<u32>(si, version).wrapping_add(1) | 1;
+        store(si, version, odd);
+        compiler_fence(Ordering::SeqCst);
+        store(si, wc_sec, sec as u32);
+        store(si, wc_nsec, nsec);
+        store(si, wc_sec_hi, (sec >> 32) as u32);
+        compiler_fence(Ordering::SeqCst);
+        store(si, version, odd.wrapping_add(1));
+    }
+}
+
+const NS_PER_SEC: i64 = 1_000_000_000;
+
+/// Wall clock at the guest's system time 0. Its wall time is this plus its system time, so the clock offset comes off.
+fn guest_wall_clock(d: Domain, sec: u64, nsec: u32) -> (u64, u32) {
+    let offset = offset(d);
+    let sec = sec.wrapping_add(d.get::<i64>(t::D_TIME_OFFSET) as u64);
+    let mut ns = i64::from(nsec) - offset % NS_PER_SEC;
+    let mut sec = sec.wrapping_sub((offset / NS_PER_SEC) as u64);
+    if ns < 0 {
+        ns += NS_PER_SEC;
+        sec = sec.wrapping_sub(1);
+    } else if ns >= NS_PER_SEC {
+        ns -= NS_PER_SEC;
+        sec = sec.wrapping_add(1);
+    }
+    (sec, ns as u32)
+}
+
+/// `struct vcpu_runstate_info` (public/vcpu.h).
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Runstate {
+    state: i32,
+    pad: u32,
+    entry: u64,
+    time: [u64; 4],
+}
+
+/// The same for 32-bit guests, where 64-bit fields are aligned to 4.
+#[repr(C, packed(4))]
+#[derive(Clone, Copy)]
+struct Runstate32 {
+    state: i32,
+    entry: u64,
+    time: [u64; 4],
+}
+
+const _: () = assert!(
+    size_of::<Runstate>() == t::RS_SIZE
+        && core::mem::offset_of!(Runstate, entry) == t::RS_ENTRY
+        && core::mem::offset_of!(Runstate, time) == t::RS_TIME
+        && size_of::<Runstate32>() == t::RS32_SIZE
+        && core::mem::offset_of!(Runstate32, entry) == t::RS32_ENTRY
+        && core::mem::offset_of!(Runstate32, time) == t::RS32_TIME
+        && core::mem::offset_of!(TimeInfo, system_time) == 16
+        && size_of::<TimeInfo>() == 32
+);
+
+/// Top bit of `state_entry_time` while the area is being written (public/vcpu.h, `XEN_RUNSTATE_UPDATE`).
+const RUNSTATE_UPDATE: u64 = 1 << 63;
+
+/// `update_runstate_area(v)`. True when there is nothing left to do.
+#[unsafe(no_mangle)]
+extern "C" fn ferry_update_runstate_area(v: *mut u8) -> bool {
+    let offset = offset(Vcpu(v).domain());
+    if offset == 0 {
+        return unsafe { ferry_original_update_runstate_area(v) };
+    }
+    unsafe { write_runstate_area(Vcpu(v), offset) }
+    true
+}
+
+/// Writes the runstate area of the vCPU that is running, or is being switched away from, on this CPU.
+unsafe fn write_runstate_area(v: Vcpu, offset: i64) {
+    let area: u64 = v.get(t::V_RUNSTATE_GUEST);
+    if area == 0 {
+        return;
+    }
+    let d = v.domain();
+    let narrow = d.has_32bit_shinfo();
+    let announce = d.get::<u64>(t::D_VM_ASSIST) >> t::ASSIST_RUNSTATE_UPDATE & 1 != 0;
+    // The top byte of state_entry_time carries the mark; Xen writes just that byte.
+    let top = area.wrapping_add(if narrow { t::RS32_ENTRY } else { t::RS_ENTRY } as u64 + 7);
+    unsafe {
+        let mut rs: Runstate = load(v.0, t::V_RUNSTATE);
+        rs.entry = rs.entry.wrapping_add(offset as u64);
+        // A page that is not there makes the writes fail; Xen ignores that as well.
+        if announce {
+            rs.entry |= RUNSTATE_UPDATE;
+            let mark = (rs.entry >> 56) as u8;
+            let _ = xen::copy_to_guest(top, &mark, 1);
+            compiler_fence(Ordering::SeqCst);
+        }
+        if narrow {
+            let rs = Runstate32 { state: rs.state, entry: rs.entry, time: rs.time };
+            let _ = xen::copy_to_guest(area, (&raw const rs).cast(), size_of::<Runstate32>() as u32);
+        } else {
+            let _ = xen::copy_to_guest(area, (&raw const rs).cast(), size_of::<Runstate>() as u32);
+        }
+        if announce {
+            rs.entry &= !RUNSTATE_UPDATE;
+            compiler_fence(Ordering::SeqCst);
+            let mark = (rs.entry >> 56) as u8;
+            let _ = xen::copy_to_guest(top, &mark, 1);
+        }
+    }
+}
+
+// public/vcpu.h
+const VCPUOP_GET_RUNSTATE_INFO: i32 = 4;
+const VCPUOP_REGISTER_RUNSTATE_AREA: i32 = 5;
+const VCPUOP_SET_SINGLESHOT_TIMER: i32 = 8;
+
+/// `common_vcpu_op(cmd, v, arg)`.
+#[unsafe(no_mangle)]
+extern "C" fn ferry_common_vcpu_op(cmd: i32, v: *mut u8, arg: u64) -> i64 {
+    let offset = offset(Vcpu(v).domain());
+    unsafe {
+        if offset == 0 {
+            return ferry_original_common_vcpu_op(cmd, v, arg);
+        }
+        match cmd {
+            VCPUOP_SET_SINGLESHOT_TIMER => set_singleshot(Vcpu(v), arg, offset),
+            VCPUOP_GET_RUNSTATE_INFO => {
+                let mut rs = read_runstate(v, offset);
+                match xen::copy_to_guest(arg, (&raw mut rs).cast(), size_of::<Runstate>() as u32) {
+                    Ok(()) => 0,
+                    Err(e) => e,
+                }
+            }
+            VCPUOP_REGISTER_RUNSTATE_AREA => {
+                let rc = ferry_original_common_vcpu_op(cmd, v, arg);
+                if rc == 0 {
+                    rewrite_new_area(Vcpu(v), offset);
+                }
+                rc
+            }
+            _ => ferry_original_common_vcpu_op(cmd, v, arg),
+        }
+    }
+}
+
+unsafe fn read_runstate(v: *mut u8, offset: i64) -> Runstate {
+    let mut rs = Runstate { state: 0, pad: 0, entry: 0, time: [0; 4] };
+    unsafe { xen::vcpu_runstate_get(v, (&raw mut rs).cast()) };
+    rs.entry = rs.entry.wrapping_add(offset as u64);
+    rs
+}
+
+/// A just registered area was filled by Xen with host time; fill it again. Another vCPU's area gets its turn when that vCPU is
+/// switched next, which is before it can look.
+unsafe fn rewrite_new_area(v: Vcpu, offset: i64) {
+    if v == xen::current() {
+        unsafe { write_runstate_area(v, offset) }
+    }
+}
+
+/// `struct vcpu_set_singleshot_timer` (public/vcpu.h).
+#[repr(C)]
+struct SetSingleshot {
+    timeout_abs_ns: u64,
+    flags: u32,
+    pad: u32,
+}
+
+unsafe fn set_singleshot(v: Vcpu, arg: u64, offset: i64) -> i64 {
+    if v != xen::current() {
+        return EINVAL;
+    }
+    let mut set = SetSingleshot { timeout_abs_ns: 0, flags: 0, pad: 0 };
+    let timer = v.at(t::V_SINGLESHOT);
+    unsafe {
+        if xen::copy_from_guest((&raw mut set).cast(), arg, size_of::<SetSingleshot>() as u32).is_err() {
+            return EFAULT;
+        }
+        let guest_now = xen::now().wrapping_add(offset);
+        // Compared by their difference, so that a guest whose system time lies before 0 counts on through it.
+        if (set.timeout_abs_ns.wrapping_sub(guest_now as u64) as i64) < 0 {
+            xen::stop_timer(timer);
+            xen::send_timer_event(v.0);
+        } else {
+            xen::migrate_timer(timer, xen::processor_id());
+            xen::set_timer(timer, host_time(set.timeout_abs_ns as i64, offset));
+        }
+    }
+    0
+}
+
+/// `compat_common_vcpu_op(cmd, v, arg)`: the singleshot timer comes by way of `common_vcpu_op`, the runstate does not.
+#[unsafe(no_mangle)]
+extern "C" fn ferry_compat_common_vcpu_op(cmd: i32, v: *mut u8, arg: u64) -> i32 {
+    let offset = offset(Vcpu(v).domain());
+    unsafe {
+        if offset == 0 || cmd != VCPUOP_GET_RUNSTATE_INFO {
+            return ferry_original_compat_common_vcpu_op(cmd, v, arg);
+        }
+        let rs = read_runstate(v, offset);
+        let rs = Runstate32 { state: rs.state, entry: rs.entry, time: rs.time };
+        match xen::copy_to_guest(arg, (&raw const rs).cast(), size_of::<Runstate32>() as u32) {
+            Ok(()) => 0,
+            Err(e) => e as i32,
+        }
+    }
+}
+
+/// `compat_vcpu_op(cmd, vcpuid, arg)`: registers a 32-bit guest's runstate area itself.
+#[unsafe(no_mangle)]
+extern "C" fn ferry_compat_vcpu_op(cmd: i32, id: u32, arg: u64) -> i32 {
+    let rc = unsafe { ferry_original_compat_vcpu_op(cmd, id, arg) };
+    if rc == 0 && cmd == VCPUOP_REGISTER_RUNSTATE_AREA {
+        let v = xen::current();
+        let offset = offset(v.domain());
+        if offset != 0 && v.id() == id {
+            unsafe { write_runstate_area(v, offset) }
+        }
+    }
+    rc
+}
+
+/// `do_set_timer_op(timeout)`: 0 stops the timer.
+#[unsafe(no_mangle)]
+extern "C" fn ferry_do_set_timer_op(timeout: i64) -> i64 {
+    let offset = offset(xen::current().domain());
+    let timeout = if offset == 0 || timeout == 0 {
+        timeout
+    } else if timeout > 0 || timeout.wrapping_sub(offset) > 0 {
+        host_time(timeout, offset)
+    } else {
+        // Before the guest's time 0 and before the host's: Xen treats it as a wrapped time far ahead.
+        timeout
+    };
+    unsafe { ferry_original_do_set_timer_op(timeout) }
+}
+
+/// `do_poll(sched_poll)`: the structure is the caller's own copy; its time-out is 0 for "none". `{ports: ptr, nr_ports: u32, timeout: u64}`.
+#[unsafe(no_mangle)]
+extern "C" fn ferry_do_poll(poll: *mut u8) -> i64 {
+    const TIMEOUT: usize = 16;
+    let offset = offset(xen::current().domain());
+    unsafe {
+        if offset != 0 {
+            let timeout: i64 = load(poll, TIMEOUT);
+            if timeout != 0 {
+                store(poll, TIMEOUT, host_time(timeout, offset));
+            }
+        }
+        ferry_original_do_poll(poll)
+    }
+}
+
+/// public/hvm/hvm_op.h
+const HVMOP_GET_TIME: u64 = 10;
+
+/// `do_hvm_op(op, arg)`.
+#[unsafe(no_mangle)]
+extern "C" fn ferry_do_hvm_op(op: u64, arg: u64) -> i64 {
+    let offset = offset(xen::current().domain());
+    if offset == 0 || op != HVMOP_GET_TIME {
+        return unsafe { ferry_original_do_hvm_op(op, arg) };
+    }
+    let now = xen::now().wrapping_add(offset);
+    match unsafe { xen::copy_to_guest(arg, (&raw const now).cast(), 8) } {
+        Ok(()) => 0,
+        Err(e) => e,
+    }
+}
+
+/// `arch_domain_destroy(d)`: the last that happens to a domain before its memory is freed.
+#[unsafe(no_mangle)]
+extern "C" fn ferry_arch_domain_destroy(d: *mut u8) {
+    release(Domain(d));
+    unsafe { ferry_original_arch_domain_destroy(d) }
+}
+
+/// The hook that Xen calls to revert the payload, with every other CPU parked: refused while a guest lives by an offset, for its clock
+/// would jump.
+#[unsafe(no_mangle)]
+extern "C" fn ferry_revert(payload: *mut u8) -> i32 {
+    if domains() != 0 {
+        return EBUSY as i32;
+    }
+    unsafe { xen::revert_payload(payload) }
+}
+
+/// Fills the clock's part of a domain's state.
+pub fn describe(d: Domain, out: &mut abi::DomainState) {
+    let (sec, nsec) = xen::wall_clock();
+    out.now = xen::now();
+    out.clock_offset = offset(d);
+    out.wc_sec = sec.wrapping_add(d.get::<i64>(t::D_TIME_OFFSET) as u64);
+    out.wc_nsec = nsec;
+    out.time_offset = d.get(t::D_TIME_OFFSET);
+}
+
+/// Writes the wall clock into the guest's shared_info, where its present width wants it.
+pub fn write_wall_clock(d: Domain) {
+    ferry_update_domain_wallclock_time(d.0);
+}

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! Ferry's extension of the Xen hypervisor: a livepatch payload that reads and writes the state of a guest that stock Xen has no
+//! operation for, and gives each domain a clock offset. See docs/extension-abi.md.
+//!
+//! Built by `cargo xtask extension` for one build-id of Xen, from the table of that build in `offsets/`.
+//! Everything but the wrapped functions runs inside one domctl, with Xen's domctl lock held: so at most one operation runs at a time.
+#![no_std]
+#![deny(unsafe_op_in_unsafe_fn)]
+
+/// The ABI, the same file that the tools use.
+#[path = "../../crates/xen-abi/src/ext.rs"]
+#[allow(dead_code)]
+mod abi;
+mod clock;
+mod get;
+mod patch;
+mod request;
+mod set;
+#[allow(dead_code)]
+mod table {
+    //! Offsets and bytes of the Xen build that this payload is for, written by `cargo xtask extension offsets`.
+    include!(env!("FERRY_XEN_TABLE"));
+}
+#[allow(dead_code)]
+mod xen;
+
+/// Never called: code that could panic refers to core's panic functions, which are not in Xen, and the build's check refuses that.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo) -> ! {
+    loop {
+        core::hint::spin_loop();
+    }
+}
