@@ -439,6 +439,14 @@ impl Store {
             warn!(domid, "import: {e}");
             Errno::EINVAL
         })?;
+        for n in &plan.nodes {
+            let own = owner(&n.perms);
+            if !self.know_domain(own, host) {
+                let path = String::from_utf8_lossy(&n.path);
+                warn!(domid, %path, "import: the node's owner, domain {own}, does not exist on this host");
+                return Err(Errno::EINVAL);
+            }
+        }
         let nodes = plan.nodes.len();
         let applied = self.apply_nodes(c, plan, notify, host);
         info!(domid, nodes, watches = applied.watches.len(), "imported");
@@ -450,6 +458,8 @@ impl Store {
         let mut undo = Vec::new();
         let mut txs = plan.txs;
         txs.imported = Some(plan.nodes.iter().map(|n| n.path.clone()).collect());
+        let generations: Vec<(Vec<u8>, u64)> =
+            plan.nodes.iter().filter_map(|n| Some((n.path.clone(), n.generation?))).collect();
         for n in plan.nodes {
             // Parents that this host lacks.
             let mut missing: Vec<Vec<u8>> = Vec::new();
@@ -470,6 +480,12 @@ impl Store {
             self.put_node(&n.path, perms.into(), &n.value, n.generation);
             if notify {
                 self.fire(Some(c), &n.path, None, false, None, host.now_ms());
+            }
+        }
+        // Only now: a child that comes counts as a change of its parent.
+        for (p, generation) in generations {
+            if let Some(n) = self.tree.get_mut(&p) {
+                n.generation = generation;
             }
         }
         Applied { undo, notify, conn: plan.conn, watches: plan.watches, txs, quotas: plan.quotas }
