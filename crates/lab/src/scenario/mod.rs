@@ -646,3 +646,5 @@ impl Step {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod reference;
