@@ -1,12 +1,13 @@
 //! What ssh is to `xl migrate`, without keys and ciphers: a TCP connection between two dom0s of the lab.
 //!
-//! `lab-remote serve PORT` takes connections: the first line is a shell command, which then runs with the connection as
+//! `lab-remote serve` takes connections: the first line is a shell command, which then runs with the connection as
 //! its standard input and output. `lab-remote HOST COMMAND…` is the other end, for `xl migrate -s lab-remote`. It goes
 //! over the lab's own switch only, and whoever reaches the port is root in dom0: nothing to use anywhere else.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, ExitCode, Stdio};
 
 /// Port that both ends use.
@@ -69,18 +70,32 @@ fn connect(host: &str, command: &str) -> io::Result<()> {
     stream.set_nodelay(true)?;
     writeln!(stream, "{command}")?;
     let mut back = stream.try_clone()?;
+    // The descriptors themselves: std's standard output holds back what follows the last newline, and `xl` waits for it.
+    let mut input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let mut output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let sender = std::thread::spawn(move || {
-        let sent = io::copy(&mut io::stdin().lock(), &mut stream);
+        let sent = pump(&mut input, &mut stream);
         // The other end may have gone first; the copy below then ends too.
         let _ = stream.shutdown(Shutdown::Write);
         sent
     });
-    let received = io::copy(&mut back, &mut io::stdout().lock());
-    io::stdout().flush()?;
-    received?;
+    pump(&mut back, &mut output)?;
     // The command is over; its input is of no interest any more, and standard input may never end.
     if sender.is_finished() {
         sender.join().map_err(|_| io::Error::other("the sending thread panicked"))??;
     }
     Ok(())
+}
+
+/// Copies until the end, passing on at once what comes.
+fn pump(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => to.write_all(&buffer[..n])?,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
 }

@@ -645,6 +645,6 @@ impl Step {
 }
 
 #[cfg(test)]
-mod tests;
-#[cfg(test)]
 mod reference;
+#[cfg(test)]
+mod tests;
