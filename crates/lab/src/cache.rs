@@ -4,7 +4,6 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
-use std::io;
 use std::path::{Path, PathBuf};
 
 /// The cache folder.
@@ -69,6 +68,26 @@ impl Cache {
     }
 }
 
+/// Says that a file of the cache was used now; `false` if it is not there.
+pub fn touch(path: &Path) -> bool {
+    fs::File::open(path).and_then(|file| file.set_modified(std::time::SystemTime::now())).is_ok()
+}
+
+/// Removes all but the `keep` last used files of a folder whose names `of_kind` accepts.
+pub fn forget_oldest(folder: &Path, keep: usize, of_kind: impl Fn(&str) -> bool) {
+    let mut files: Vec<_> = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| of_kind(&entry.file_name().to_string_lossy()))
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    files.sort();
+    for (_, path) in files.iter().take(files.len().saturating_sub(keep)) {
+        let _ = fs::remove_file(path);
+    }
+}
+
 /// A short key for content: the first 16 hex digits of the SHA-256 over all parts, each with its length.
 pub fn key<T: AsRef<[u8]>>(parts: impl IntoIterator<Item = T>) -> String {
     let mut hash = Sha256::new();
@@ -80,10 +99,29 @@ pub fn key<T: AsRef<[u8]>>(parts: impl IntoIterator<Item = T>) -> String {
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// SHA-256 of a file, as hex.
-pub fn file_hash(path: &Path) -> Result<String> {
-    let mut hash = Sha256::new();
-    let mut file = File::open(path).with_context(|| format!("open {}", path.display()))?;
-    io::copy(&mut file, &mut hash).with_context(|| format!("read {}", path.display()))?;
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, SystemTime};
+
+    #[test]
+    fn the_last_used_of_a_kind_stay() {
+        let folder = tempfile::tempdir().expect("a scratch folder");
+        for (age, name) in [(50, "a.x"), (40, "b.x"), (30, "c.y"), (20, "d.x")] {
+            let file = File::create(folder.path().join(name)).expect("a file");
+            file.set_modified(SystemTime::now() - Duration::from_secs(age)).expect("its time");
+        }
+        assert!(touch(&folder.path().join("a.x")));
+        assert!(!touch(&folder.path().join("none")));
+        forget_oldest(folder.path(), 2, |name| name.ends_with(".x"));
+        let mut left: Vec<_> =
+            fs::read_dir(folder.path()).expect("readable").flatten().map(|entry| entry.file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["a.x", "c.y", "d.x"]);
+    }
+
+    #[test]
+    fn parts_of_a_key_do_not_run_together() {
+        assert_ne!(key(["ab", "c"]), key(["a", "bc"]));
+    }
 }

@@ -2,6 +2,8 @@
 
 mod exec;
 mod run;
+mod shell;
+mod site;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
@@ -29,6 +31,8 @@ enum Command {
         #[arg(default_value = run::SCENARIOS)]
         folder: PathBuf,
     },
+    /// Boot hosts and give a prompt in each one's dom0.
+    Shell(shell::Options),
 }
 
 /// What every command that boots hosts takes.
@@ -60,5 +64,16 @@ pub fn main() -> Result<ExitCode> {
         Command::Exec(options) => exec::run(&options),
         Command::Run(options) => run::run(&options),
         Command::List { folder } => run::list(&folder),
+        Command::Shell(options) => shell::run(&options),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_grammar_is_sound() {
+        super::Cli::command().debug_assert();
     }
 }

@@ -9,10 +9,10 @@ use crate::progress::Step;
 use crate::qemu::Qemu;
 use anyhow::{Context, Result};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// How many states are kept; one takes some hundred MiB.
-const KEPT: usize = 4;
+const KEPT: usize = 6;
 
 /// Changes when QEMU's command line may have.
 const RECIPE: &str = include_str!("../qemu.rs");
@@ -51,10 +51,7 @@ impl Snapshot {
 
     /// The state's file if there is one.
     pub fn existing(&self) -> Option<PathBuf> {
-        // Its time says when it was last used.
-        let file = fs::File::open(&self.path).ok()?;
-        let _ = file.set_modified(std::time::SystemTime::now());
-        Some(self.path.clone())
+        cache::touch(&self.path).then(|| self.path.clone())
     }
 
     /// Saves a host's state unless another was quicker.
@@ -71,7 +68,7 @@ impl Snapshot {
         let fresh = tempfile::NamedTempFile::new_in(parent).context("make the state's file")?;
         qemu.save(fresh.path())?;
         fresh.persist(&self.path).context("put the state in its place")?;
-        forget_oldest(parent);
+        cache::forget_oldest(parent, KEPT, |name| !name.starts_with('.'));
         step.done();
         Ok(())
     }
@@ -79,18 +76,5 @@ impl Snapshot {
     /// Removes a state that turned out not to work.
     pub fn forget(&self) {
         let _ = fs::remove_file(&self.path);
-    }
-}
-
-fn forget_oldest(parent: &Path) {
-    let mut states: Vec<_> = fs::read_dir(parent)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
-        .collect();
-    states.sort();
-    for (_, path) in states.iter().take(states.len().saturating_sub(KEPT)) {
-        let _ = fs::remove_file(path);
     }
 }

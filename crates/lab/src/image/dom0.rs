@@ -104,16 +104,19 @@ const FILES: &[(&str, &str)] = &[
     ("root/.profile", ". /root/.bashrc\n"),
 ];
 
+/// How many ramdisks of each kind are kept in the cache; one takes 100 MB.
+const KEPT: usize = 3;
+
 /// Changes when the recipe in this file does, so that an older base is not taken for the new one.
 const RECIPE: &str = concat!(include_str!("dom0.rs"), include_str!("cpio.rs"));
 
 /// Makes (or finds) dom0's ramdisk with `agent` as its init.
 pub fn ramdisk(cache: &Cache, dom0: &Unpacked, kernel: &Unpacked, agent: &Path) -> Result<PathBuf> {
     let base = base(cache, dom0, kernel)?;
-    let agent_hash = cache::file_hash(agent)?;
+    let agent = stripped(agent)?;
     let stem = base.file_stem().and_then(|stem| stem.to_str()).context("the base has no name")?;
-    let path = cache.path(format!("images/{}.cpio", cache::key([stem, &agent_hash])));
-    if path.exists() {
+    let path = cache.path(format!("images/dom0-{}.cpio", cache::key([stem.as_bytes(), &agent])));
+    if cache::touch(&path) {
         return Ok(path);
     }
     let _making = cache.make()?;
@@ -121,16 +124,34 @@ pub fn ramdisk(cache: &Cache, dom0: &Unpacked, kernel: &Unpacked, agent: &Path) 
     let mut fresh = tempfile::NamedTempFile::new_in(parent).context("make the ramdisk")?;
     io::copy(&mut File::open(&base).context("open the base")?, fresh.as_file_mut()).context("copy the base")?;
     let mut overlay = Archive::new(fresh.as_file_mut());
-    overlay.file("init", 0o755, &fs::read(agent).with_context(|| format!("read {}", agent.display()))?)?;
+    overlay.file("init", 0o755, &agent)?;
     overlay.finish()?;
     fresh.persist(&path).context("put the ramdisk in its place")?;
+    cache::forget_oldest(parent, KEPT, |name| name.starts_with("dom0-") && !name.starts_with("dom0-base-"));
+    cache::forget_oldest(parent, KEPT, |name| name.starts_with("dom0-base-"));
     Ok(path)
+}
+
+/// The agent without what differs between equal programs built in two places (symbols, debug information, build-id), so
+/// that they share an image and saved states.
+fn stripped(agent: &Path) -> Result<Vec<u8>> {
+    let scratch = tempfile::NamedTempFile::new().context("make a scratch file")?;
+    let strip = Command::new("strip")
+        .args(["--strip-all", "--remove-section=.note.gnu.build-id", "-o"])
+        .arg(scratch.path())
+        .arg(agent)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    // Without binutils the program as it is does as well.
+    let path = if strip.is_ok_and(|status| status.success()) { scratch.path() } else { agent };
+    fs::read(path).with_context(|| format!("read {}", path.display()))
 }
 
 fn base(cache: &Cache, dom0: &Unpacked, kernel: &Unpacked) -> Result<PathBuf> {
     let key = cache::key([&dom0.key, &kernel.key, RECIPE]);
     let path = cache.path(format!("images/dom0-base-{key}.cpio"));
-    if path.exists() {
+    if cache::touch(&path) {
         return Ok(path);
     }
     let _making = cache.make()?;
