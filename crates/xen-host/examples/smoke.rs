@@ -297,6 +297,87 @@ fn shell(h: &XenHost, dom: DomId, context: &[u8]) -> Outcome {
     need("the shell is gone", h.domain_info(shell).is_err_and(|e| e.is_no_such_domain()))
 }
 
+/// The guest-transparent state of a guest, put into a fresh shell step by step through the trait, and read back.
+fn gt(h: &XenHost, dom: DomId) -> Outcome {
+    h.pause(dom)?;
+    let copied = gt_of_paused(h, dom);
+    h.unpause(dom)?;
+    copied
+}
+
+fn gt_of_paused(h: &XenHost, dom: DomId) -> Outcome {
+    let state = timed("GT state", || h.gt_state(dom))?;
+    let source = h.domain_info(dom)?;
+    let shell = DomId(h.domains()?.iter().map(|d| d.domid.0).max().unwrap_or(0) + 50);
+    let config = DomainConfig {
+        uuid: Uuid::from_u128(0x5678),
+        ssidref: source.ssidref,
+        flags: state.create_flags,
+        iommu_opts: 0,
+        max_vcpus: source.vcpus,
+        max_evtchn_port: state.max_evtchn_port,
+        max_grant_frames: 64,
+        max_maptrack_frames: 0,
+        grant_opts: state.grant_version,
+        cpupool: source.cpupool,
+        emulation_flags: source.emulation_flags,
+        misc_flags: source.misc_flags,
+    };
+    h.create_domain(shell, &config)?;
+    let r = (|| -> Outcome {
+        h.set_max_vcpus(shell, source.vcpus)?;
+        h.set_max_mem(shell, source.max_pages * 4)?;
+        // The pages that Xen is told of, with what the guest has in them.
+        let places = state.vcpus.iter().flat_map(|v| [v.vcpu_info, v.fifo.map(|f| f.control_block)]);
+        let mut gfns: Vec<_> =
+            places.flatten().map(|p| p.gfn).chain(state.event_array.iter().flatten().copied()).collect();
+        gfns.sort();
+        gfns.dedup();
+        h.populate(shell, &gfns, 0)?;
+        let mut pages = vec![0; gfns.len() * PAGE_SIZE];
+        h.read_pages(dom, &gfns, &mut pages)?;
+        h.write_pages(shell, &gfns, &pages)?;
+        h.set_gt_state(shell, GtStep::AddressWidth, &state)?;
+        if let Some(gfn) = source.shared_info {
+            h.place_xen_page(shell, XenPage::SharedInfo, gfn)?;
+        }
+        let mut wanted = state.clone();
+        wanted.clock_offset_ns = state.guest_now_ns() - i64::try_from(h.now()?)?;
+        for v in &mut wanted.vcpus {
+            v.runstate = v.runstate.at(state.guest_now_ns());
+        }
+        for step in GtStep::ALL {
+            timed(&format!("set {step:?}"), || h.set_gt_state(shell, step, &wanted))?;
+        }
+        let got = h.gt_state(shell)?;
+        let json = |s: &GtState| serde_json::to_value(s).map(|gt| serde_json::json!({ "gt": gt }));
+        let mut unexpected = 0;
+        for d in hypervisor::inspect::diff(&json(&wanted)?, &json(&got)?) {
+            println!("  {d}");
+            unexpected += u32::from(d.expected.is_none());
+        }
+        need("the GT state is read back", unexpected == 0)?;
+        let ahead = got.guest_now_ns() - state.guest_now_ns();
+        println!("  guest's time went on by {ahead} ns");
+        need("the guest's time goes on from where it was", (0..5_000_000_000).contains(&ahead))?;
+        for (id, v) in got.vcpus.iter().enumerate() {
+            let (a, b) = (&wanted.vcpus[id], v);
+            need("the timer fires at the same time", a.singleshot_ns == b.singleshot_ns)?;
+            need(
+                "runstate counters go on",
+                (0..4).all(|i| b.runstate.at(got.guest_now_ns()).time_ns[i] >= a.runstate.time_ns[i]),
+            )?;
+        }
+        let taken = h.set_gt_state(shell, GtStep::Ports, &wanted).expect_err("the ports are taken");
+        println!("  again: {taken}");
+        wanted.clock_offset_ns = 0;
+        h.set_gt_state(shell, GtStep::ClockOffset, &wanted)?;
+        Ok(())
+    })();
+    h.destroy(shell)?;
+    r
+}
+
 fn run() -> Outcome {
     let dom = DomId(std::env::args().nth(1).ok_or("usage: smoke DOMID")?.parse()?);
     let h = XenHost::open()?;
@@ -320,9 +401,12 @@ fn run() -> Outcome {
         }
         Err(e) => part("state", Err(e)),
     }
-    match h.gt_state(dom) {
-        Ok(s) => println!("GT state: {s:?}"),
-        Err(e) => println!("GT state: {e}"),
+    match h.extension()? {
+        Some(info) => {
+            println!("extension: {info:?}");
+            part("GT state", gt(&h, dom));
+        }
+        None => println!("the extension is not loaded: GT state left out"),
     }
     if failed.is_empty() { Ok(()) } else { Err(format!("failed: {}", failed.join(", ")).into()) }
 }
