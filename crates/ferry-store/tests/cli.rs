@@ -23,7 +23,7 @@ fn list_export_change_compare_import() {
     // SAFETY: the only test of this process, before any thread is started.
     unsafe { std::env::set_var("XENSTORED_PATH", &socket) };
     let log = Log::start(None, false, false).unwrap();
-    std::thread::spawn(move || Daemon::start(Options::default(), log, false).unwrap().run());
+    std::thread::spawn(move || Daemon::start(Options::default(), log, None).unwrap().run());
     let end = Instant::now() + Duration::from_secs(20);
     while UnixStream::connect(&socket).is_err() {
         assert!(Instant::now() < end);

@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod fake_xen;
+pub mod ours;
 pub mod script;
 pub mod stock;
 

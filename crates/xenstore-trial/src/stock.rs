@@ -74,36 +74,53 @@ impl Programs {
     /// # Errors
     /// It does not start; its messages are in `run/xenstored.log`.
     pub fn start_stock(&self, xen: &FakeXen, run: &Path, arguments: &[&str]) -> Result<Stock> {
-        fs::create_dir_all(run).context("make the daemon's folder")?;
-        let log = File::create(run.join("xenstored.log")).context("make the daemon's log")?;
-        let socket = run.join("socket");
-        let child = Command::new(self.tree.join("usr/lib/xen-4.17/bin/xenstored"))
-            .arg("-N")
-            .args(arguments)
-            .env("LD_LIBRARY_PATH", &self.libraries)
-            .env("LD_PRELOAD", &self.stub)
-            .env("FAKE_XEN", xen.dir())
-            .env("XENSTORED_PATH", &socket)
-            .env("XENSTORED_RUNDIR", run)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().context("share the daemon's log")?)
-            .stderr(log)
-            .spawn()
-            .context("start the stock xenstored")?;
-        let mut stock = Stock { child, socket };
-        let end = Instant::now() + START;
-        while UnixStream::connect(&stock.socket).is_err() {
-            if let Some(status) = stock.child.try_wait().context("look after the stock xenstored")? {
-                let text = fs::read_to_string(run.join("xenstored.log")).unwrap_or_default();
-                bail!("the stock xenstored ended at once ({status}): {text}");
-            }
-            if Instant::now() > end {
-                bail!("the stock xenstored does not listen on {}", stock.socket.display());
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Ok(stock)
+        let mut c = Command::new(self.tree.join("usr/lib/xen-4.17/bin/xenstored"));
+        c.arg("-N").args(arguments).env("LD_LIBRARY_PATH", &self.libraries).env("LD_PRELOAD", &self.stub);
+        start(c, xen, run)
     }
+
+    /// The stock daemon's path, for a live update to it.
+    pub fn stock_path(&self) -> PathBuf {
+        self.tree.join("usr/lib/xen-4.17/bin/xenstored")
+    }
+
+    /// Starts another daemon, with the environment that the stock one needs, so that it can hand over to that.
+    ///
+    /// # Errors
+    /// As [`Programs::start_stock`].
+    pub fn start_other(&self, program: &Path, xen: &FakeXen, run: &Path) -> Result<Stock> {
+        let mut c = Command::new(program);
+        c.arg("-N").env("LD_LIBRARY_PATH", &self.libraries).env("LD_PRELOAD", &self.stub);
+        start(c, xen, run)
+    }
+}
+
+fn start(mut command: Command, xen: &FakeXen, run: &Path) -> Result<Stock> {
+    fs::create_dir_all(run).context("make the daemon's folder")?;
+    let log = File::create(run.join("xenstored.log")).context("make the daemon's log")?;
+    let socket = run.join("socket");
+    let child = command
+        .env("FAKE_XEN", xen.dir())
+        .env("XENSTORED_PATH", &socket)
+        .env("XENSTORED_RUNDIR", run)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().context("share the daemon's log")?)
+        .stderr(log)
+        .spawn()
+        .context("start the xenstored")?;
+    let mut stock = Stock { child, socket };
+    let end = Instant::now() + START;
+    while UnixStream::connect(&stock.socket).is_err() {
+        if let Some(status) = stock.child.try_wait().context("look after the xenstored")? {
+            let text = fs::read_to_string(run.join("xenstored.log")).unwrap_or_default();
+            bail!("the xenstored ended at once ({status}): {text}");
+        }
+        if Instant::now() > end {
+            bail!("the xenstored does not listen on {}", stock.socket.display());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(stock)
 }
 
 impl Stock {

@@ -63,16 +63,19 @@ impl Perm {
     }
 
     /// Reads `<letter><domid>`.
+    ///
+    /// # Errors
+    /// `EINVAL`; `ENOENT` for a number that no domain has.
     pub fn parse(s: &[u8]) -> Result<Perm, Errno> {
         let (&letter, digits) = s.split_first().ok_or(Errno::EINVAL)?;
         let access = Access::from_letter(letter).ok_or(Errno::EINVAL)?;
         // strtol(…, 0) of the C daemon takes hexadecimal too, and clients may have come to use it.
         let text = std::str::from_utf8(digits).map_err(|_| Errno::EINVAL)?;
-        let domid = match text.strip_prefix("0x") {
-            Some(hex) if !hex.starts_with('+') => u16::from_str_radix(hex, 16).map_err(|_| Errno::EINVAL)?,
+        let domid: u32 = match text.strip_prefix("0x") {
+            Some(hex) if !hex.starts_with('+') => u32::from_str_radix(hex, 16).map_err(|_| Errno::EINVAL)?,
             _ => crate::payload::decimal(digits)?,
         };
-        Ok(Perm::new(access, domid))
+        Ok(Perm::new(access, u16::try_from(domid).map_err(|_| Errno::ENOENT)?))
     }
 }
 

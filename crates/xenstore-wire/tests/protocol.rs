@@ -53,9 +53,10 @@ fn permissions() {
     let p = parse_list(b"n0\0r5\0b0x10\0").unwrap();
     assert_eq!(p, [Perm::new(Access::NONE, 0), Perm::new(Access::READ, 5), Perm::new(Access::BOTH, 16)]);
     assert_eq!(format_list(&p), b"n0\0r5\0b16\0");
-    for bad in [&b""[..], b"\0", b"n\0", b"x0\0", b"r65536\0", b"r-1\0", b"r0x+1\0", b"r 1\0"] {
+    for bad in [&b""[..], b"\0", b"n\0", b"x0\0", b"r4294967296\0", b"r-1\0", b"r0x+1\0", b"r 1\0"] {
         assert_eq!(parse_list(bad), Err(Errno::EINVAL), "{bad:?}");
     }
+    assert_eq!(parse_list(b"r65536\0"), Err(Errno::ENOENT));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use anyhow::{Context, bail};
 use clap::{ArgAction, Parser};
 use std::path::PathBuf;
-use xenstored::daemon::{Daemon, log::Log, process};
+use xenstored::daemon::{Daemon, Devices, log::Log, process, xen::Xen};
 use xenstored::{Options, Quotas};
 
 /// Ferry's xenstore daemon.
@@ -129,9 +129,11 @@ fn main() -> anyhow::Result<()> {
     let log = Log::start(a.trace_file.as_deref(), !a.no_fork, a.verbose)?;
     let _pid_file = a.pid_file.as_deref().map(process::pid_file).transpose()?;
     let daemon = if a.live_update {
-        Daemon::take_over(options, log).inspect_err(|e| tracing::error!("take-over failed: {e:#}"))?
+        Daemon::take_over(options, log, |events| Ok(Box::new(Xen::open(Some(events.into()))?)))
+            .inspect_err(|e| tracing::error!("take-over failed: {e:#}"))?
     } else {
-        Daemon::start(options, log, !a.no_domain_init)?
+        let xen: Option<Box<dyn Devices>> = if a.no_domain_init { None } else { Some(Box::new(Xen::open(None)?)) };
+        Daemon::start(options, log, xen)?
     };
     if a.output_pid {
         println!("{}", std::process::id());

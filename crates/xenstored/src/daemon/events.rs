@@ -1,8 +1,8 @@
 //! The loop.
 
+use super::devices::Devices;
 use super::log::Log;
 use super::machine::Machine;
-use super::xen::Xen;
 use super::{run_dir, socket_path};
 use crate::conn::{ConnId, Peer};
 use crate::host::Host;
@@ -59,14 +59,14 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts afresh: a new store, a new socket, dom0's ring if `with_xen`.
+    /// Starts afresh: a new store, a new socket, dom0's ring if there is Xen.
     ///
     /// # Errors
     /// The socket can't be made, or this is no dom0.
-    pub fn start(options: Options, log: Log, with_xen: bool) -> anyhow::Result<Daemon> {
+    pub fn start(options: Options, log: Log, xen: Option<Box<dyn Devices>>) -> anyhow::Result<Daemon> {
         let path = socket_path();
         let listener = listen(&path).with_context(|| format!("socket {}", path.display()))?;
-        let xen = if with_xen { Some(Xen::open(None)?) } else { None };
+        let with_xen = xen.is_some();
         let mut machine = Machine::new(xen, log);
         let mut store = Store::new(options);
         if with_xen {
@@ -76,18 +76,23 @@ impl Daemon {
         Daemon::assemble(store, machine, listener)
     }
 
-    /// Takes over from the daemon before, in this same process.
+    /// Takes over from the daemon before, in this same process. `open` makes the devices out of the event channel
+    /// device that it left open.
     ///
     /// # Errors
     /// There is no state, or it can't be restored.
-    pub fn take_over(options: Options, log: Log) -> anyhow::Result<Daemon> {
+    pub fn take_over(
+        options: Options,
+        log: Log,
+        open: impl FnOnce(OwnedFd) -> anyhow::Result<Box<dyn Devices>>,
+    ) -> anyhow::Result<Daemon> {
         let path = state_path();
         let stream =
             std::fs::read(&path).with_context(|| format!("state of the daemon before us, {}", path.display()))?;
-        let (store, restored, mut machine) = Store::restore(options, &stream, |r| {
-            let xen = if r.evtchn_fd >= 0 && Path::new("/proc/xen/xsd_kva").exists() {
+        let (mut store, restored, mut machine) = Store::restore(options, &stream, |r| {
+            let xen = if r.evtchn_fd >= 0 {
                 let events = inherit(r.evtchn_fd).map_err(|e| format!("event channel device: {e}"))?;
-                Some(Xen::open(Some(File::from(events))).map_err(|e| format!("{e:#}"))?)
+                Some(open(events).map_err(|e| format!("{e:#}"))?)
             } else {
                 None
             };
@@ -96,7 +101,6 @@ impl Daemon {
         .with_context(|| format!("{}", path.display()))?;
         let listener = UnixListener::from(inherit(restored.socket_fd).context("the listening socket")?);
         listener.set_nonblocking(true)?;
-        let mut store = store;
         store.check_domains(&mut machine);
         let mut d = Daemon::assemble(store, machine, listener)?;
         for (id, fd) in restored.sockets {
@@ -329,11 +333,12 @@ impl Daemon {
 
     fn ports_raised(&mut self) -> anyhow::Result<()> {
         let Some(x) = &mut self.machine.xen else { return Ok(()) };
-        let (ports, virq) = (x.raised().context("event channel device")?, x.virq());
-        for p in ports {
-            if p == virq {
-                self.store.check_domains(&mut self.machine);
-            } else if let Some(d) = self.machine.domain_of(p) {
+        let raised = x.raised().context("event channel device")?;
+        if raised.domain_exception {
+            self.store.check_domains(&mut self.machine);
+        }
+        for p in raised.ports {
+            if let Some(d) = self.machine.domain_of(p) {
                 self.machine.ready.insert(d);
             }
         }
@@ -431,7 +436,7 @@ impl Daemon {
         }
         info!(program = %program.display(), bytes = stream.len(), "live update: handing over");
         if let Some(x) = &mut self.machine.xen {
-            x.unbind_virq();
+            x.watch_domains(false)?;
         }
         self.make_inheritable(true)?;
         let error = execute(program, &args);
@@ -439,7 +444,7 @@ impl Daemon {
         let _ = std::fs::remove_file(&path);
         self.make_inheritable(false)?;
         if let Some(x) = &mut self.machine.xen {
-            x.bind_virq().context("VIRQ_DOM_EXC")?;
+            x.watch_domains(true).context("VIRQ_DOM_EXC")?;
             self.store.check_domains(&mut self.machine);
         }
         Err(anyhow::Error::from(error).context(format!("{}", program.display())))

@@ -1,8 +1,8 @@
 //! The daemon's [`Host`]: real Xen, or a plain machine where there are only sockets.
 
+use super::devices::{Devices, wire_errno};
 use super::log::Log;
 use super::ring::RingPage;
-use super::xen::{Xen, wire_errno};
 use crate::host::{DomainState, Host, HostCommand};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
@@ -18,7 +18,7 @@ use xenstore_wire::{DOMID_FIRST_RESERVED, Errno};
 #[derive(Debug)]
 pub struct Machine {
     /// `None` on a plain machine.
-    pub xen: Option<Xen>,
+    pub xen: Option<Box<dyn Devices>>,
     /// The log.
     pub log: Log,
     /// Local ports and their domains.
@@ -30,7 +30,7 @@ pub struct Machine {
 
 impl Machine {
     /// A machine, without any connection yet.
-    pub fn new(xen: Option<Xen>, log: Log) -> Machine {
+    pub fn new(xen: Option<Box<dyn Devices>>, log: Log) -> Machine {
         Machine { xen, log, ports: BTreeMap::new(), ready: BTreeSet::new(), start: Instant::now() }
     }
 

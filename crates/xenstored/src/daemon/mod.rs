@@ -1,5 +1,6 @@
 //! The daemon: one thread, one loop, over [`Store`].
 
+pub mod devices;
 mod events;
 pub mod log;
 pub mod machine;
@@ -7,6 +8,7 @@ pub mod process;
 pub mod ring;
 pub mod xen;
 
+pub use devices::Devices;
 pub use events::Daemon;
 
 use std::path::PathBuf;

@@ -1,8 +1,9 @@
-//! Real Xen: event channels, grants, dom0's ring, and what the hypervisor says of domains.
+//! [`Devices`] over real Xen: event channels, grants, dom0's ring, and what the hypervisor says of domains.
 //!
 //! The event channel device is handed from daemon to daemon at a live update with the ports bound through it, so it is
 //! handled here and not by `xen-host`.
 
+use super::devices::{Devices, Raised};
 use super::ring::RingPage;
 use crate::host::DomainState;
 use hypervisor::{DomId, Hypervisor};
@@ -13,7 +14,6 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use tracing::warn;
 use xen_host::XenHost;
-use xenstore_wire::Errno;
 
 /// `VIRQ_DOM_EXC`: something happened to some domain (`xen/include/public/xen.h`).
 const VIRQ_DOM_EXC: u32 = 3;
@@ -101,56 +101,53 @@ impl Xen {
         rustix::io::ioctl_fionbio(&events, true)?;
         let grants = open("/dev/xen/gntdev")?;
         let mut xen = Xen { host, events, grants, rings: BTreeMap::new(), virq: 0 };
-        xen.bind_virq()?;
+        xen.watch_domains(true)?;
         Ok(xen)
     }
 
-    /// Looks out for domains that die.
-    ///
-    /// # Errors
-    /// As the kernel says.
-    pub fn bind_virq(&mut self) -> io::Result<()> {
-        self.virq = ioctl(&self.events, BIND_VIRQ, &mut [VIRQ_DOM_EXC])?;
+    fn map_dom0(&mut self) -> io::Result<()> {
+        let page = RingPage::map(open("/proc/xen/xsd_kva")?, 0)?;
+        self.rings.insert(0, Ring { page: Some(page), index: None });
         Ok(())
     }
 
-    /// Gives it up, for the next daemon.
-    pub fn unbind_virq(&mut self) {
-        self.unbind(self.virq);
-        self.virq = 0;
+    fn give_back(&self, index: u64) {
+        if let Err(e) = ioctl(&self.grants, UNMAP_GRANT, &mut UnmapGrant { index, count: 1, pad: 0 }) {
+            warn!("a domain's ring page can't be given back: {e}");
+        }
     }
+}
 
-    /// The port of the virtual interrupt.
-    pub fn virq(&self) -> u32 {
-        self.virq
-    }
-
-    /// The event channel device.
-    pub fn events(&self) -> BorrowedFd<'_> {
+impl Devices for Xen {
+    fn events(&self) -> BorrowedFd<'_> {
         self.events.as_fd()
     }
 
-    /// Ports that were raised since the last call, unmasked again.
-    ///
-    /// # Errors
-    /// The device is broken.
-    pub fn raised(&mut self) -> io::Result<Vec<u32>> {
+    fn raised(&mut self) -> io::Result<Raised> {
         let mut buf = [0u8; 4096];
         match (&self.events).read(&mut buf) {
             Ok(n) => {
                 (&self.events).write_all(&buf[..n])?;
-                Ok(buf[..n].chunks_exact(4).map(|c| u32::from_ne_bytes([c[0], c[1], c[2], c[3]])).collect())
+                let all = buf[..n].chunks_exact(4).map(|c| u32::from_ne_bytes([c[0], c[1], c[2], c[3]]));
+                let (virq, ports): (Vec<u32>, Vec<u32>) = all.partition(|&p| p == self.virq);
+                Ok(Raised { domain_exception: !virq.is_empty(), ports })
             }
-            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(Vec::new()),
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(Raised::default()),
             Err(e) => Err(e),
         }
     }
 
-    /// Maps dom0's own page and binds its port. The local port.
-    ///
-    /// # Errors
-    /// The kernel has none: this is not dom0, or another xenstored is running.
-    pub fn connect_dom0(&mut self) -> anyhow::Result<u32> {
+    fn watch_domains(&mut self, yes: bool) -> io::Result<()> {
+        if yes {
+            self.virq = ioctl(&self.events, BIND_VIRQ, &mut [VIRQ_DOM_EXC])?;
+        } else {
+            self.unbind(self.virq);
+            self.virq = 0;
+        }
+        Ok(())
+    }
+
+    fn connect_dom0(&mut self) -> anyhow::Result<u32> {
         self.map_dom0()?;
         let text = std::fs::read_to_string("/proc/xen/xsd_port")
             .map_err(|e| anyhow::anyhow!("/proc/xen/xsd_port: {e} (is xenfs mounted at /proc/xen?)"))?;
@@ -160,17 +157,7 @@ impl Xen {
         Ok(local)
     }
 
-    fn map_dom0(&mut self) -> io::Result<()> {
-        let page = RingPage::map(open("/proc/xen/xsd_kva")?, 0)?;
-        self.rings.insert(0, Ring { page: Some(page), index: None });
-        Ok(())
-    }
-
-    /// Maps a domain's page.
-    ///
-    /// # Errors
-    /// The domain does not grant it.
-    pub fn map(&mut self, domid: u16) -> io::Result<()> {
+    fn map(&mut self, domid: u16) -> io::Result<()> {
         if domid == 0 {
             return self.map_dom0();
         }
@@ -188,14 +175,7 @@ impl Xen {
         }
     }
 
-    fn give_back(&self, index: u64) {
-        if let Err(e) = ioctl(&self.grants, UNMAP_GRANT, &mut UnmapGrant { index, count: 1, pad: 0 }) {
-            warn!("a domain's ring page can't be given back: {e}");
-        }
-    }
-
-    /// Unmaps it.
-    pub fn unmap(&mut self, domid: u16) {
+    fn unmap(&mut self, domid: u16) {
         if let Some(mut r) = self.rings.remove(&domid) {
             drop(r.page.take());
             if let Some(i) = r.index {
@@ -204,21 +184,15 @@ impl Xen {
         }
     }
 
-    /// The page, if it is mapped.
-    pub fn ring(&self, domid: u16) -> Option<&RingPage> {
+    fn ring(&self, domid: u16) -> Option<&RingPage> {
         self.rings.get(&domid).and_then(|r| r.page.as_ref())
     }
 
-    /// Binds a port of a domain. The local port.
-    ///
-    /// # Errors
-    /// As the kernel says.
-    pub fn bind(&mut self, domid: u16, remote_port: u32) -> io::Result<u32> {
+    fn bind(&mut self, domid: u16, remote_port: u32) -> io::Result<u32> {
         ioctl(&self.events, BIND_INTERDOMAIN, &mut [u32::from(domid), remote_port])
     }
 
-    /// Unbinds a local port.
-    pub fn unbind(&mut self, port: u32) {
+    fn unbind(&mut self, port: u32) {
         if port != 0
             && let Err(e) = ioctl(&self.events, UNBIND, &mut [port])
         {
@@ -226,14 +200,12 @@ impl Xen {
         }
     }
 
-    /// Raises the other side of a local port.
-    pub fn notify(&self, port: u32) {
+    fn notify(&self, port: u32) {
         // A domain that is gone can't be told; its end is noticed by other means.
         let _ = ioctl(&self.events, NOTIFY, &mut [port]);
     }
 
-    /// What the hypervisor says of a domain.
-    pub fn domain_state(&self, domid: u16) -> Option<DomainState> {
+    fn domain_state(&self, domid: u16) -> Option<DomainState> {
         match self.host.domain_info(DomId(domid)) {
             Ok(i) => Some(DomainState { shutdown: i.shutdown.is_some(), dying: i.dying }),
             Err(e) if e.is_no_such_domain() => None,
@@ -244,12 +216,6 @@ impl Xen {
             }
         }
     }
-}
-
-/// The kernel's error as one that goes over the wire.
-pub fn wire_errno(e: &io::Error) -> Errno {
-    let n = e.raw_os_error().unwrap_or(0);
-    Errno::ALL.iter().copied().find(|w| w.number() == n).unwrap_or(Errno::EIO)
 }
 
 #[cfg(test)]

@@ -1,0 +1,97 @@
+//! The stock daemon hands over to ours, ours to itself, and ours back to the stock one, under tools and a guest that are
+//! in the middle of things.
+
+use std::path::Path;
+use xenstore_trial::stock::Programs;
+use xenstore_trial::{Connection, FakeXen};
+use xenstore_wire::{HEADER_LEN, Message, Op, payload};
+
+fn text(m: &Message) -> String {
+    String::from_utf8_lossy(&m.payload).into_owned()
+}
+
+fn live_update(tool: &mut Connection<'_>, program: &Path) {
+    let program = program.to_str().unwrap();
+    for args in [vec!["live-update", "-f", program], vec!["live-update", "-s", "-t", "5"]] {
+        let (m, _) = tool.call(Op::Control, 0, &payload::join(args)).unwrap();
+        assert_eq!(text(&m), "OK\0");
+    }
+}
+
+#[test]
+fn nobody_notices_who_serves_the_store() {
+    let dir = tempfile::tempdir().unwrap();
+    let programs = Programs::prepare(dir.path()).unwrap();
+    let xen = FakeXen::create(&dir.path().join("xen")).unwrap();
+    let run = dir.path().join("run");
+    let ours = Path::new(env!("CARGO_BIN_EXE_xenstored-on-files"));
+    let stock = programs.stock_path();
+    let daemon = programs.start_stock(&xen, &run, &[]).unwrap();
+    let exe = || std::fs::read_link(format!("/proc/{}/exe", daemon.pid())).unwrap();
+
+    let mut tool = Connection::socket(daemon.socket()).unwrap();
+    let mut other = Connection::socket(daemon.socket()).unwrap();
+    for domid in [1, 2] {
+        let home = format!("/local/domain/{domid}");
+        xen.add_domain(domid).unwrap();
+        tool.call(Op::Mkdir, 0, &payload::join([&home])).unwrap();
+        tool.call(Op::SetPerms, 0, &payload::join([&home, &format!("n{domid}")])).unwrap();
+        tool.call(Op::Introduce, 0, &payload::join([&domid.to_string(), "0", "1"])).unwrap();
+    }
+    let mut guest = Connection::ring(&xen, 1).unwrap();
+    let mut second = Connection::ring(&xen, 2).unwrap();
+    guest.call(Op::Watch, 0, b"data\0rel\0").unwrap();
+    other.call(Op::Watch, 0, b"/local/domain/1\0abs\0").unwrap();
+    other.call(Op::Watch, 0, b"@releaseDomain\0rel\0").unwrap();
+
+    let mut daemons = vec![ours, ours, &stock, ours, &stock, ours];
+    daemons.extend([ours, &stock].repeat(4));
+    for (round, program) in daemons.into_iter().enumerate() {
+        // Half a request of a guest, half a request of a tool, an unread reply of another guest.
+        let request = Message::new(Op::Write.to_wire(), 1000, 0, format!("data/{round}\0x").into_bytes()).to_bytes();
+        let (head, tail) = request.split_at(HEADER_LEN + 3);
+        guest.send_raw(head).unwrap();
+        let read = Message::new(Op::Read.to_wire(), 1001, 0, b"/local/domain/1\0".to_vec()).to_bytes();
+        other.send_raw(&read[..20]).unwrap();
+        let unread = second.send(Op::GetDomainPath, 0, b"2\0").unwrap();
+        // The daemon has seen them.
+        tool.call(Op::Read, 0, b"/tool\0").unwrap();
+        live_update(&mut tool, program);
+        assert_eq!(exe().file_name(), program.file_name(), "round {round}");
+        guest.send_raw(tail).unwrap();
+        other.send_raw(&read[20..]).unwrap();
+        let wait = std::time::Duration::from_secs(5);
+        let next = |c: &mut Connection<'_>| c.receive(wait).unwrap().expect("a message");
+        let mut got = [next(&mut guest), next(&mut guest)].map(|m| (m.header.req_id, text(&m)));
+        got.sort();
+        let first = round == 0;
+        if first {
+            // The watch's initial event was not waited for.
+            assert_eq!(got[0], (0, "data\0rel\0".into()));
+            assert_eq!(text(&next(&mut guest)), "OK\0");
+        } else {
+            assert_eq!(got[0], (0, format!("data/{round}\0rel\0")));
+            assert_eq!(got[1], (1000, "OK\0".into()));
+        }
+        loop {
+            let m = next(&mut other);
+            if m.header.req_id == 1001 {
+                break;
+            }
+            assert_eq!(m.header.req_id, 0);
+        }
+        let m = next(&mut second);
+        assert_eq!((m.header.req_id, text(&m)), (unread, "/local/domain/2\0".into()));
+        let (m, _) = tool.call(Op::Read, 0, format!("/local/domain/1/data/{round}\0").as_bytes()).unwrap();
+        assert_eq!(text(&m), "x");
+        let (m, _) = tool.call(Op::GetPerms, 0, b"/local/domain/1/data\0").unwrap();
+        assert_eq!(text(&m), "n1\0");
+    }
+    // The last one notices a death, and the watch that was set 14 daemons ago tells.
+    let (_, _) = other.call(Op::Read, 0, b"/tool\0").unwrap();
+    xen.set_state(2, xenstore_trial::fake_xen::DomainState::Dying).unwrap();
+    xen.raise_dom_exc().unwrap();
+    let wait = std::time::Duration::from_secs(5);
+    let m = other.receive(wait).unwrap().expect("the domain's end");
+    assert_eq!(text(&m), "@releaseDomain\0rel\0");
+}
