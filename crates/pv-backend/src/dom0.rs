@@ -1,0 +1,171 @@
+//! The real dom0: sysfs, hotplug scripts, block devices, packet sockets.
+
+use std::fs;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::machine::{BlockDevice, Machine, Script};
+
+/// Bytes of a script's output that go into an error.
+const OUTPUT_MAX: u64 = 4096;
+
+/// This machine.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Dom0;
+
+fn driver_path(driver: &str, file: &str) -> PathBuf {
+    PathBuf::from(format!("/sys/bus/xen-backend/drivers/{driver}/{file}"))
+}
+
+impl Machine for Dom0 {
+    fn is_present(&self, device: &str) -> bool {
+        PathBuf::from(format!("/sys/bus/xen-backend/devices/{device}")).exists()
+    }
+
+    fn is_bound(&self, driver: &str, device: &str) -> bool {
+        driver_path(driver, device).exists()
+    }
+
+    fn unbind(&self, driver: &str, device: &str) -> io::Result<()> {
+        fs::write(driver_path(driver, "unbind"), device)
+    }
+
+    fn bind(&self, driver: &str, device: &str) -> io::Result<()> {
+        fs::write(driver_path(driver, "bind"), device)
+    }
+
+    fn run(&self, script: &Script, limit: Duration) -> Result<(), String> {
+        run(script, limit)
+    }
+
+    fn is_program(&self, path: &str) -> bool {
+        fs::metadata(path).is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    }
+
+    fn is_bridge(&self, name: &str) -> bool {
+        !name.contains('/') && PathBuf::from(format!("/sys/class/net/{name}/bridge")).is_dir()
+    }
+
+    fn block_device(&self, path: &str) -> io::Result<BlockDevice> {
+        // As the hotplug script does: a name without a directory is in /dev.
+        let path = if path.starts_with('/') { path.to_owned() } else { format!("/dev/{path}") };
+        let meta = fs::metadata(path)?;
+        if !meta.file_type().is_block_device() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a block device"));
+        }
+        let (major, minor) = (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
+        let base = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+        let text = |name: &str| fs::read_to_string(base.join(name)).map(|text| text.trim().to_owned());
+        let number = |name: &str| -> io::Result<u64> {
+            text(name)?.parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("sysfs {name}")))
+        };
+        // A partition has the queue of its disk.
+        let queue = if base.join("queue").is_dir() { "queue" } else { "../queue" };
+        let block = |name: &str| Ok::<_, io::Error>(u32::try_from(number(&format!("{queue}/{name}"))?).unwrap_or(0));
+        Ok(BlockDevice {
+            major,
+            minor,
+            sectors: number("size")?,
+            logical_block: block("logical_block_size")?,
+            physical_block: block("physical_block_size")?,
+            write_back: text(&format!("{queue}/write_cache")).is_ok_and(|mode| mode == "write back"),
+            read_only: number("ro")? != 0,
+        })
+    }
+
+    fn module_parameter(&self, module: &str, name: &str) -> Option<u32> {
+        fs::read_to_string(format!("/sys/module/{module}/parameters/{name}")).ok()?.trim().parse().ok()
+    }
+
+    fn send_frames(&self, device: &str, frames: &[Vec<u8>]) -> io::Result<()> {
+        let index: i32 = fs::read_to_string(format!("/sys/class/net/{device}/ifindex"))?
+            .trim()
+            .parse()
+            .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "the device's index is no number"))?;
+        // SAFETY: socket(2) takes no pointers.
+        let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+        if raw < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: raw is a descriptor that was just made and belongs to nobody else.
+        let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+        for frame in frames {
+            // SAFETY: sockaddr_ll is plain data, for which all zeroes are valid.
+            let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+            to.sll_family = libc::AF_PACKET as u16;
+            to.sll_ifindex = index;
+            to.sll_halen = 6;
+            to.sll_addr[..6].copy_from_slice(&[0xff; 6]);
+            // SAFETY: both pointers are to live memory of the lengths given, and sendto(2) only reads it.
+            let sent = unsafe {
+                libc::sendto(
+                    socket.as_raw_fd(),
+                    frame.as_ptr().cast(),
+                    frame.len(),
+                    0,
+                    (&raw const to).cast(),
+                    size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+                )
+            };
+            if sent < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    }
+
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn sleep(&self, time: Duration) {
+        std::thread::sleep(time);
+    }
+}
+
+fn run(script: &Script, limit: Duration) -> Result<(), String> {
+    let mut child = Command::new(&script.program)
+        .args(&script.arguments)
+        .envs(script.environment.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| error.to_string())?;
+    // A script that writes more than a pipe holds must not wait for us.
+    let stderr = child.stderr.take();
+    let reader = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        if let Some(mut stderr) = stderr {
+            let _ = stderr.by_ref().take(OUTPUT_MAX).read_to_end(&mut text);
+            let _ = io::copy(&mut stderr, &mut io::sink());
+        }
+        String::from_utf8_lossy(&text).trim().to_owned()
+    });
+    let end = Instant::now() + limit;
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break Ok(status),
+            Ok(None) if Instant::now() >= end => {
+                let _ = child.kill();
+                let _ = child.wait();
+                break Err(format!("it did not end within {} s and was killed", limit.as_secs()));
+            }
+            Ok(None) => std::thread::sleep(Duration::from_millis(2)),
+            Err(error) => break Err(error.to_string()),
+        }
+    };
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        // A grandchild may keep the pipe open after a kill, so the text is only waited for after a regular end.
+        Ok(status) => {
+            let text = reader.join().unwrap_or_default();
+            Err(if text.is_empty() { status.to_string() } else { format!("{status}: {text}") })
+        }
+        Err(why) => Err(why),
+    }
+}
