@@ -80,7 +80,21 @@ fn xen(host: Result<XenHost, HypervisorError>) -> Vec<Finding> {
         }
     };
     match host.host_info() {
-        Ok(info) => xen_findings(&info, host.interface().proven),
+        Ok(info) => {
+            let mut findings = xen_findings(&info, host.interface().proven);
+            if info.extension.is_none()
+                && let Err(e) = host.payload_state(xen_host::livepatch::NAME)
+            {
+                // `ferry host load` could not help either.
+                findings.push(Finding::bad(
+                    "livepatch",
+                    Verdict::Missing,
+                    e.to_string(),
+                    "this hypervisor takes no live patches; it must be built with CONFIG_LIVEPATCH=y, as Debian's is",
+                ));
+            }
+            findings
+        }
         Err(e) => vec![Finding::bad(
             "xen",
             Verdict::Missing,

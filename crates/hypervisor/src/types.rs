@@ -87,6 +87,7 @@ impl fmt::Display for XenVersion {
 /// What the loaded extension says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExtensionInfo {
+    /// `xen_abi::ext::ABI_VERSION` of the one that is loaded; 0 if it is so different that it does not say.
     pub abi_version: u32,
 }
 

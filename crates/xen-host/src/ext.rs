@@ -138,10 +138,18 @@ impl XenHost {
 
     /// What the loaded extension says of itself; `None` if none is loaded.
     pub(crate) fn extension_info(&self) -> Result<Option<ExtensionInfo>> {
-        match self.extension()? {
-            Some(info) => Ok(Some(ExtensionInfo { abi_version: info.version })),
-            None => Ok(None),
-        }
+        let info = Info { size: size_of::<Info>() as u32, version: ext::ABI_VERSION, ..Info::default() };
+        let mut items = vec![info];
+        let answer = self.ext_raw(DomId::DOM0, op::INFO, 0, false, &mut items)?;
+        Ok(match (answer.result, answer.request.fault) {
+            (Ok(_), _) => items.pop().map(|info| ExtensionInfo { abi_version: info.version }),
+            (Err(Errno::ENOSYS), _) => None,
+            // One of another version says no more than that.
+            (Err(_), Fault::VERSION | Fault::SIZE) => Some(ExtensionInfo { abi_version: 0 }),
+            (Err(e), fault) => {
+                return Err(HypervisorError::errno(op_name(op::INFO), None, e).with_detail(Fault::describe(fault)));
+            }
+        })
     }
 
     /// The loaded extension's own description, `None` if none is loaded. One of another version answers an error that says so.

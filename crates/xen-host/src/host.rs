@@ -22,14 +22,7 @@ impl XenHost {
         let number = version_string(&privcmd, xenver::VERSION, 0)?.0;
         let extra = version_string(&privcmd, xenver::EXTRAVERSION, xenver::EXTRAVERSION_LEN)?.1;
         let version = XenVersion { major: (number >> 16) as u16, minor: number as u16, extra };
-        let interface = xen_abi::version::interface(version.major, version.minor).ok_or_else(|| {
-            let known: Vec<_> = INTERFACES.iter().map(|i| format!("{}.{}", i.major, i.minor)).collect();
-            HypervisorError::unsupported(
-                "open",
-                None,
-                format!("Xen {version} is not supported; supported are {}", known.join(", ")),
-            )
-        })?;
+        let interface = interface_of(&version)?;
         Ok(XenHost { privcmd, interface, version })
     }
 
@@ -121,6 +114,15 @@ impl XenHost {
             }
         })
     }
+}
+
+/// The interface numbers of a version, or a refusal that names it and those that are supported.
+fn interface_of(version: &XenVersion) -> Result<&'static Interface> {
+    xen_abi::version::interface(version.major, version.minor).ok_or_else(|| {
+        let known: Vec<_> = INTERFACES.iter().map(|i| format!("{}.{}", i.major, i.minor)).collect();
+        let text = format!("Xen {version} is not supported; supported are {}", known.join(", "));
+        HypervisorError::unsupported("open", None, text)
+    })
 }
 
 /// `XENVER_*`: the result, and the text if it fills a buffer of `len` bytes.
@@ -442,5 +444,28 @@ fn param_name(index: u32) -> String {
     match hvm_op::param(index) {
         Some(p) => format!("HVM_PARAM_{}", p.name),
         None => format!("parameter {index}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_that_is_not_known_is_refused_by_number() {
+        let v = |minor| XenVersion { major: 4, minor, extra: ".1".into() };
+        assert_eq!(interface_of(&v(17)).unwrap().domctl, 0x15);
+        for minor in [16, 18, 19, 21] {
+            let e = interface_of(&v(minor)).unwrap_err().to_string();
+            assert_eq!(e, format!("open: Xen 4.{minor}.1 is not supported; supported are 4.17, 4.20"));
+        }
+    }
+
+    #[test]
+    fn marks_of_the_machine_to_physical_table_are_no_places() {
+        assert_eq!(placed(0x10), Some(Gfn(0x10)));
+        for mark in [u64::MAX, u64::MAX - 1, 0x5555_5555_5555_5555, 1 << 62] {
+            assert_eq!(placed(mark), None);
+        }
     }
 }

@@ -47,6 +47,9 @@ const IOCTL_MMAP_RESOURCE: libc::c_ulong = ioc(b'P', 7, size_of::<MmapResource>(
 /// Buffers of one page that are kept for the next hypercall.
 const SPARE_BUFFERS: usize = 8;
 
+/// How often a hypercall is made again because Xen asks for it. Each try does some of the work, so this is far more than any needs.
+const MAX_RESTARTS: u32 = 100_000;
+
 /// Opens a device of the Xen kernel, with an error that says what is missing.
 pub(crate) fn open_device(path: &'static str) -> Result<File> {
     OpenOptions::new().read(true).write(true).open(path).map_err(|e| {
@@ -119,15 +122,16 @@ impl Privcmd {
     /// # Safety
     /// Every address that the hypercall reads or writes must lie in live buffers that nothing else uses during the call.
     pub unsafe fn hypercall(&self, number: u64, args: [u64; 5]) -> std::result::Result<i64, Errno> {
-        loop {
+        for _ in 1..MAX_RESTARTS {
             let mut call = Hypercall { op: number, arg: args };
             // SAFETY: the structure is the ioctl's, and the caller vouches for the addresses.
             match unsafe { ioctl(&self.privcmd, IOCTL_HYPERCALL, &raw mut call) } {
                 // Xen asks to be called again; the state of what it did so far is in the arguments.
-                Err(Errno::EAGAIN) | Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN | Errno::EINTR) => std::thread::yield_now(),
                 r => return r,
             }
         }
+        Err(Errno::EAGAIN)
     }
 
     /// Maps frames of a domain. Each frame has its own result; touching a page that has an error is a bus error, so callers must not.
