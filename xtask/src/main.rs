@@ -1,12 +1,16 @@
 //! `cargo xtask`: every task of the project that is not a plain cargo command.
 
 mod build;
+mod checks;
 mod extension;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::process::{Command, ExitCode};
+
+/// The scenario that `demo` runs.
+const DEMO: &str = "baseline-migrate";
 
 /// The project's tasks.
 #[derive(Debug, Parser)]
@@ -38,6 +42,14 @@ enum Task {
         #[arg(long)]
         config: Option<std::path::PathBuf>,
     },
+    /// Show the main job on two real Xen hosts in the lab, with all of its own set-up.
+    Demo,
+    /// Every check that a change must pass.
+    Test {
+        /// Leave out what needs the lab.
+        #[arg(long)]
+        quick: bool,
+    },
     /// Build, then run `ferry-lab` with the given arguments.
     #[command(disable_help_flag = true)]
     Lab {
@@ -54,6 +66,8 @@ fn main() -> ExitCode {
         Task::ExtensionTable { source, symbols, config } => {
             extension::make_table(source, symbols, config).map(|()| ExitCode::SUCCESS)
         }
+        Task::Demo => lab(&["run".into(), DEMO.into()]),
+        Task::Test { quick } => checks::run(quick).map(|()| ExitCode::SUCCESS),
         Task::Lab { arguments } => lab(&arguments),
     };
     result.unwrap_or_else(|error| {
@@ -65,7 +79,11 @@ fn main() -> ExitCode {
 /// Runs `ferry-lab` with its exit code passed on.
 fn lab(arguments: &[OsString]) -> Result<ExitCode> {
     let lab = build::everything()?;
-    let status = Command::new(&lab).args(arguments).status().with_context(|| format!("run {}", lab.display()))?;
+    let status = Command::new(&lab)
+        .args(arguments)
+        .current_dir(build::root()?)
+        .status()
+        .with_context(|| format!("run {}", lab.display()))?;
     match status.code() {
         Some(code) => Ok(ExitCode::from(u8::try_from(code).unwrap_or(255))),
         None => bail!("ferry-lab was ended by a signal ({status})"),

@@ -1,6 +1,6 @@
 //! Children that end with this program, whatever ends it.
 //!
-//! Each child leads its own process group and asks the kernel to be killed when the thread that started it ends
+//! Each child leads its own session and asks the kernel to be killed when the thread that started it ends
 //! (PR_SET_PDEATHSIG); one thread that lives as long as the program starts them all. On SIGINT, SIGTERM, SIGHUP and at
 //! a time limit the groups are killed and the scratch folder removed before the program exits.
 
@@ -52,10 +52,13 @@ pub struct Owned {
 /// Starts a child.
 pub fn spawn(mut command: Command) -> Result<Owned> {
     let name = command.get_program().to_string_lossy().into_owned();
-    command.process_group(0);
-    // SAFETY: between fork and exec only one system call is made, which is async-signal-safe.
+    // SAFETY: between fork and exec only two system calls are made, both async-signal-safe.
     unsafe {
-        command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+        command.pre_exec(|| {
+            // A session of its own is also a process group, and what the kernel's scheduler weighs as one (autogroup).
+            rustix::process::setsid()?;
+            Ok(set_parent_process_death_signal(Some(Signal::KILL))?)
+        });
     }
     let (reply, answer) = mpsc::sync_channel(1);
     starter()
@@ -74,6 +77,13 @@ impl Owned {
     /// The child's process id.
     pub fn id(&self) -> u32 {
         self.group.as_raw_nonzero().get().cast_unsigned()
+    }
+
+    /// Asks the scheduler to prefer it to other sessions on this machine, compilers for instance: an emulated guest's
+    /// watchdogs and timers bite when it is starved. Needs privilege and a kernel with autogroups; without, nothing
+    /// changes.
+    pub fn prefer(&self) {
+        let _ = std::fs::write(format!("/proc/{}/autogroup", self.id()), "-10");
     }
 
     /// How it ended, if it did.
@@ -189,4 +199,39 @@ pub fn end_cleanly(limit: Option<Duration>) -> Result<()> {
         std::process::exit(101);
     }));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_and_its_children_end_with_the_value() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "sleep 1000 & wait"]);
+        let child = spawn(command).expect("sh starts");
+        let pid = child.id();
+        let session = |pid: u32| rustix::process::getsid(Pid::from_raw(pid.cast_signed()));
+        assert_eq!(session(pid).map(|id| id.as_raw_nonzero().get().cast_unsigned()), Ok(pid));
+        let alive = || rustix::process::test_kill_process_group(child.group).is_ok();
+        assert!(alive());
+        let group = child.group;
+        drop(child);
+        for _ in 0..100 {
+            if rustix::process::test_kill_process_group(group).is_err() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("something of the group is left");
+    }
+
+    #[test]
+    fn a_scratch_folder_goes_with_the_value() {
+        let scratch = Scratch::new().expect("a scratch folder");
+        let path = scratch.path().to_owned();
+        std::fs::write(path.join("file"), "x").expect("a file in it");
+        drop(scratch);
+        assert!(!path.exists());
+    }
 }

@@ -95,6 +95,7 @@ impl Qemu {
         let log = std::fs::File::create(&machine.log).with_context(|| format!("make {}", machine.log.display()))?;
         command.stdin(Stdio::null()).stdout(log.try_clone().context("duplicate the log")?).stderr(log);
         let process = process::spawn(command).with_context(|| format!("{}: QEMU", machine.name))?;
+        process.prefer();
         let stream = connect(&machine.control, &process, machine)?;
         let from = BufReader::new(stream.try_clone().context("duplicate the control socket")?);
         let qemu = Qemu {

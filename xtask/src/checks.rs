@@ -1,0 +1,154 @@
+//! `cargo xtask test`: everything that must hold, one check after another, each timed.
+
+use crate::{build, extension};
+use anyhow::{Context, Result, bail};
+use lab::cache::Cache;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// cargo-deny is built from source into the cache, once for each version.
+const DENY: &str = "0.20.2";
+
+/// One thing to check. The checks of the lab need most of the time and are left out by `--quick`.
+struct Check {
+    name: String,
+    lab: bool,
+    run: Box<dyn Fn() -> Result<()>>,
+}
+
+fn check(name: impl Into<String>, run: impl Fn() -> Result<()> + 'static) -> Check {
+    Check { name: name.into(), lab: false, run: Box::new(run) }
+}
+
+fn lab_check(name: impl Into<String>, run: impl Fn() -> Result<()> + 'static) -> Check {
+    Check { lab: true, ..check(name, run) }
+}
+
+/// Runs all checks, or all that need no lab. All are run even if one fails; any failure is an error at the end.
+pub fn run(quick: bool) -> Result<()> {
+    let mut outcomes = Vec::new();
+    let checks = checks()?;
+    for check in checks.iter().filter(|check| !quick || !check.lab) {
+        println!("\n=== {}", check.name);
+        let since = Instant::now();
+        let result = (check.run)();
+        if let Err(error) = &result {
+            eprintln!("{}: {error:#}", check.name);
+        }
+        outcomes.push((&check.name, result.is_ok(), since.elapsed()));
+        if outcomes.len() == 1 && outcomes.iter().all(|(_, passed, _)| !passed) {
+            // The first check compiles everything; what can't be compiled can't be tested.
+            break;
+        }
+    }
+    let failed =
+        summary(&outcomes.iter().map(|(name, passed, took)| (name.as_str(), *passed, *took)).collect::<Vec<_>>());
+    if failed > 0 {
+        bail!("{failed} of the checks failed");
+    }
+    Ok(())
+}
+
+/// Prints what passed and how long it took; gives the number of failures.
+fn summary(outcomes: &[(&str, bool, Duration)]) -> usize {
+    println!("\n=== summary");
+    for (name, passed, took) in outcomes {
+        println!("{:<6} {:>7.1} s  {name}", if *passed { "pass" } else { "FAIL" }, took.as_secs_f64());
+    }
+    let failed = outcomes.iter().filter(|(_, passed, _)| !passed).count();
+    println!("{} passed, {failed} failed", outcomes.len() - failed);
+    failed
+}
+
+fn checks() -> Result<Vec<Check>> {
+    let mut checks = vec![
+        check("lints (clippy, warnings denied)", || {
+            cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"])
+        }),
+        check("layout of the source (rustfmt)", || cargo(&["fmt", "--all", "--check"])),
+        check("unit and model tests", || cargo(&["test", "--quiet", "--workspace"])),
+        check("documentation builds, links hold", || {
+            build::run(
+                build::cargo()?
+                    .args(["doc", "--quiet", "--workspace", "--no-deps", "--document-private-items"])
+                    .env("RUSTDOCFLAGS", "--deny warnings --allow rustdoc::private-intra-doc-links"),
+            )
+        }),
+        check("hypervisor extension: built and sound", || extension::build(true).map(drop)),
+        check("scenario files are well formed", || lab(&["list"])),
+        lab_check("dependencies: licences, bans, sources (cargo-deny)", deny),
+        lab_check("the lab itself", || {
+            build::everything()?;
+            cargo(&["test", "--package", "lab", "--test", "lab", "--", "--ignored", "--test-threads=1"])
+        }),
+    ];
+    for scenario in scenarios()? {
+        checks.push(lab_check(format!("scenario {scenario}"), move || {
+            lab(&["run", &scenario, "--wait", "600", "--time-limit", "900"])
+        }));
+    }
+    Ok(checks)
+}
+
+fn cargo(arguments: &[&str]) -> Result<()> {
+    build::run(build::cargo()?.args(arguments))
+}
+
+fn lab(arguments: &[&str]) -> Result<()> {
+    build::run(Command::new(build::everything()?).args(arguments).current_dir(build::root()?))
+}
+
+/// The names of the project's own scenarios.
+fn scenarios() -> Result<Vec<String>> {
+    let folder = build::root()?.join("scenarios");
+    let entries = std::fs::read_dir(&folder).with_context(|| format!("read {}", folder.display()))?;
+    let mut names: Vec<String> = entries
+        .flatten()
+        .filter(|entry| entry.path().extension().is_some_and(|extension| extension == "toml"))
+        .filter_map(|entry| Some(entry.path().file_stem()?.to_str()?.to_owned()))
+        .collect();
+    names.sort();
+    Ok(names)
+}
+
+fn deny() -> Result<()> {
+    let home = Cache::open()?.path(format!("tools/cargo-deny-{DENY}"));
+    let program = home.join("bin/cargo-deny");
+    if !program.is_file() {
+        println!("building cargo-deny {DENY} into the cache, once");
+        let target = tempfile::tempdir().context("make a folder to build cargo-deny in")?;
+        build::run(
+            build::cargo()?
+                .args(["install", "--quiet", "--locked", "--no-track", "cargo-deny", "--version", DENY, "--root"])
+                .arg(&home)
+                // Only speed of building matters.
+                .args(["--profile", "dev"])
+                .env("CARGO_PROFILE_DEV_DEBUG", "false")
+                .env("CARGO_TARGET_DIR", target.path()),
+        )?;
+    }
+    build::run(Command::new(&program).current_dir(build::root()?).args([
+        "--offline",
+        "check",
+        "licenses",
+        "bans",
+        "sources",
+    ]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_counted() {
+        let second = Duration::from_secs(1);
+        assert_eq!(summary(&[("a", true, second), ("b", false, second)]), 1);
+        assert_eq!(summary(&[("a", true, second)]), 0);
+    }
+
+    #[test]
+    fn the_projects_scenarios_are_found() {
+        assert!(scenarios().expect("the folder is there").iter().any(|name| name == "control"));
+    }
+}
