@@ -3,20 +3,23 @@
 //! [`diff`] compares two snapshots; [`judge`] adds what was noticed in between, what the peer and the lab saw from
 //! outside, and the allowance from a control run, and gives a verdict with evidence for each promise.
 //!
-//! # The rule for lockup and stall lines
+//! # The rule for lockup, stall and clock lines
 //!
-//! In software emulation a vCPU can be starved for seconds, and the guest's kernel says so (soft lockup, RCU stall, hung
-//! task). Such a line ([`LineClass::Stall`]) is charged to the move if, and only if,
+//! In software emulation a vCPU can be starved for seconds, and the guest's kernel says so: soft lockup, RCU stall, hung
+//! task, an interrupt that took too long, a clock source found unstable. Such a line ([`LineClass::by_starving`]) is
+//! charged to the move if, and only if,
 //!
-//! 1. there was a move, and the time that the line speaks of (from its time stamp back by the length it names, or by
-//!    30 s where it names none) overlaps the move's window or the [`SETTLE_NS`] after it; and
+//! 1. there was a move, and the time that the line speaks of (from its time stamp back by [`reaches_back_ms`]) overlaps
+//!    the move's window or the [`SETTLE_NS`] after it; and
 //! 2. it is one of more such lines than the control run would have had in a time as long as window and settling together,
 //!    rounded up ([`Calm::stalls_per_minute`]).
 //!
-//! All other stall lines are the emulator's. They are listed in the evidence either way, never dropped.
+//! All other such lines are the emulator's. They are listed in the evidence either way, never dropped.
+//!
+//! [`LineClass::by_starving`]: crate::klog::LineClass::by_starving
 
 use crate::disk::JournalFault;
-use crate::klog::{LineClass, stall_ms};
+use crate::klog::reaches_back_ms;
 use crate::report::{Anomaly, KernelLine, Noticed, Promise, Snapshot};
 use crate::store_rules::may_change;
 use serde::{Deserialize, Serialize};
@@ -59,7 +62,7 @@ pub struct Outside {
 pub struct Calm {
     /// Length of the control run, s.
     pub seconds: f64,
-    /// Lockup and stall lines a minute.
+    /// Lockup, stall and clock lines a minute.
     pub stalls_per_minute: f64,
     /// Largest gap between two clock readings, ns.
     pub gap_ns: u64,
@@ -70,7 +73,7 @@ impl Calm {
     pub fn from_control(before: &Snapshot, after: &Snapshot) -> Calm {
         let ns = after.clocks.last.mono_ns.saturating_sub(before.clocks.last.mono_ns);
         let seconds = ns as f64 / 1e9;
-        let stalls = new_lines(before, after).filter(|l| l.class == LineClass::Stall).count() as f64;
+        let stalls = new_lines(before, after).filter(|l| l.class.by_starving()).count() as f64;
         let gap_ns = after.clocks.gaps.iter().map(|g| g.mono_ns).max().unwrap_or(0);
         Calm { seconds, stalls_per_minute: if seconds > 0.0 { stalls * 60.0 / seconds } else { 0.0 }, gap_ns }
     }
@@ -314,7 +317,7 @@ pub fn diff(before: &Snapshot, after: &Snapshot) -> Vec<Finding> {
         }
     }
     for line in new_lines(before, after) {
-        if line.class.of_interest() && line.class != LineClass::Stall {
+        if line.class.of_interest() && !line.class.by_starving() {
             f.add(line.class.promise(), Noticed::KernelLine(line.clone()).to_string());
         }
     }
@@ -394,18 +397,18 @@ fn exercised(promise: Promise, e: &Evidence<'_>) -> Result<String, String> {
     }
 }
 
-/// Applies the rule for lockup and stall lines (see the module): the lines charged to the move, and the emulator's.
+/// Applies the rule for lockup, stall and clock lines (see the module): the lines charged to the move, and the emulator's.
 pub fn sort_stalls<'a>(
     lines: impl Iterator<Item = &'a KernelLine>,
     window: Option<Window>,
     calm: &Calm,
 ) -> (Vec<&'a KernelLine>, Vec<&'a KernelLine>) {
-    let stalls = lines.filter(|l| l.class == LineClass::Stall);
+    let stalls = lines.filter(|l| l.class.by_starving());
     let Some(window) = window else { return (Vec::new(), stalls.collect()) };
     let end = window.to_ns.saturating_add(SETTLE_NS);
     let (within, mut emulator): (Vec<_>, Vec<_>) = stalls.partition(|l| {
         let at = l.at_us.saturating_mul(1000);
-        let long = stall_ms(&l.text).unwrap_or(30_000).saturating_mul(1_000_000);
+        let long = reaches_back_ms(l.class, &l.text).saturating_mul(1_000_000);
         at >= window.from_ns && at.saturating_sub(long) <= end
     });
     let minutes = end.saturating_sub(window.from_ns) as f64 / 60e9;
@@ -538,6 +541,7 @@ fn judge_gaps(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::klog::LineClass;
     use crate::report::*;
 
     fn seen<T>(t: T) -> Item<T> {

@@ -15,10 +15,10 @@ pub enum LineClass {
     Suspend,
     /// A PV device or the store connected anew, or a backend went through its states.
     Reconnect,
-    /// A clock or its source was found wrong.
+    /// A clock or its source was found wrong. This one and [`LineClass::Stall`] may be the emulator's doing: see
+    /// [`crate::judge`].
     Clock,
-    /// Soft or hard lockup, RCU stall, hung task, workqueue lockup. May be the emulator's doing: see
-    /// [`crate::judge::Calm`].
+    /// Soft or hard lockup, RCU stall, hung task, workqueue lockup, an interrupt that took too long.
     Stall,
     /// A disk request failed, or a file system or block device complains.
     Disk,
@@ -44,6 +44,11 @@ impl LineClass {
             LineClass::Xen => Promise::T4,
             LineClass::Fault | LineClass::Other => Promise::T10,
         }
+    }
+
+    /// True for lines that emulation alone provokes, by starving a vCPU.
+    pub fn by_starving(self) -> bool {
+        matches!(self, LineClass::Clock | LineClass::Stall)
     }
 
     /// False for lines that say nothing about a migration.
@@ -72,6 +77,8 @@ const PATTERNS: &[(LineClass, &[&str])] = &[
             "workqueue lockup",
             "hogged cpu",
             "nmi watchdog",
+            "hrtimer: interrupt took",
+            "perf: interrupt took too long",
         ],
     ),
     (
@@ -93,18 +100,7 @@ const PATTERNS: &[(LineClass, &[&str])] = &[
             "shutdown request",
         ],
     ),
-    (
-        LineClass::Clock,
-        &[
-            "clocksource",
-            "timekeeping",
-            "clock skew",
-            "tsc unstable",
-            "marking tsc",
-            "hrtimer: interrupt took",
-            "time jump",
-        ],
-    ),
+    (LineClass::Clock, &["clocksource", "timekeeping", "clock skew", "tsc unstable", "marking tsc", "time jump"]),
     (
         LineClass::Reconnect,
         &[
@@ -142,18 +138,23 @@ pub fn classify(text: &str) -> LineClass {
         .map_or(LineClass::Other, |(class, _)| *class)
 }
 
-/// How long a stall line says that it lasted, in ms: `stuck for 22s!`, `(t=5250 jiffies` (at 250 Hz), `blocked for more
-/// than 120 seconds`.
-pub fn stall_ms(text: &str) -> Option<u64> {
+/// How far back a stall or clock line speaks, in ms: what it says (`stuck for 22s!`, `(t=5250 jiffies` at 250 Hz,
+/// `blocked for more than 120 seconds`, `interrupt took 1363441 ns`), else 30 s, the longest that a kernel's detector
+/// waits without saying so; 2 s for a clock line, four periods of the clock source's watchdog.
+pub fn reaches_back_ms(class: LineClass, text: &str) -> u64 {
     let number_after = |key: &str| {
         let rest = text.split(key).nth(1)?;
         let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
         digits.parse::<u64>().ok()
     };
-    if let Some(s) = number_after("stuck for ").or_else(|| number_after("blocked for more than ")) {
-        return Some(s.saturating_mul(1000));
-    }
-    number_after("(t=").or_else(|| number_after("starved for ")).map(|jiffies| jiffies.saturating_mul(4))
+    let seconds = |s: u64| s.saturating_mul(1000);
+    let jiffies = |j: u64| j.saturating_mul(4);
+    number_after("stuck for ")
+        .or_else(|| number_after("blocked for more than "))
+        .map(seconds)
+        .or_else(|| number_after("(t=").or_else(|| number_after("starved for ")).map(jiffies))
+        .or_else(|| number_after("interrupt took ").map(|ns| ns / 1_000_000))
+        .unwrap_or(if class == LineClass::Clock { 2000 } else { 30_000 })
 }
 
 /// A record of /dev/kmsg: `level,seq,timestamp_us,flags[,…];text\n key=value…` (Documentation/ABI/testing/dev-kmsg).
@@ -218,10 +219,17 @@ mod tests {
 
     #[test]
     fn stall_lengths() {
-        assert_eq!(stall_ms("watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [witness:1]"), Some(22_000));
-        assert_eq!(stall_ms("rcu: \t(t=5250 jiffies g=1 q=2 ncpus=1)"), Some(21_000));
-        assert_eq!(stall_ms("INFO: task x:1 blocked for more than 120 seconds."), Some(120_000));
-        assert_eq!(stall_ms("rcu: INFO: rcu_preempt self-detected stall on CPU"), None);
+        for (line, ms) in [
+            ("watchdog: BUG: soft lockup - CPU#0 stuck for 22s! [witness:1]", 22_000),
+            ("rcu: \t(t=5250 jiffies g=1 q=2 ncpus=1)", 21_000),
+            ("INFO: task x:1 blocked for more than 120 seconds.", 120_000),
+            ("hrtimer: interrupt took 31799991 ns", 31),
+            ("rcu: INFO: rcu_preempt self-detected stall on CPU", 30_000),
+        ] {
+            assert_eq!(classify(line), if line.starts_with("rcu: \t") { LineClass::Other } else { LineClass::Stall });
+            assert_eq!(reaches_back_ms(LineClass::Stall, line), ms, "{line}");
+        }
+        assert_eq!(reaches_back_ms(LineClass::Clock, "clocksource: Marking clocksource 'tsc' as unstable"), 2000);
     }
 
     #[test]
@@ -236,7 +244,7 @@ mod tests {
         fn no_bytes_fail(bytes in prop::collection::vec(any::<u8>(), 0..400), most in 0usize..400) {
             let _ = parse_record(&bytes);
             let text = String::from_utf8_lossy(&bytes);
-            let _ = stall_ms(&text);
+            let _ = reaches_back_ms(LineClass::Stall, &text);
             prop_assert!(clip(&text, most).len() <= most);
         }
     }
