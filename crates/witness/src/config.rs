@@ -212,37 +212,39 @@ settings! {
     /// Disk for journal and rewrites; everything on it is overwritten. `none` for no disk load.
     disk: String = "/dev/xvda".into(), |v| Ok(v.to_owned());
     /// Journal records a second.
-    journal: u32 = 10, |v| number(v, 0, 10_000);
+    journal: u32 = 5, |v| number(v, 0, 10_000);
     /// Versioned sectors rewritten a second.
-    rewrite: u32 = 64, |v| number(v, 0, 100_000);
+    rewrite: u32 = 32, |v| number(v, 0, 100_000);
     /// Requests in flight in the rewrite load.
     depth: u32 = 32, |v| number(v, 1, 256);
     /// Memory region, MiB.
     mem_mib: u32 = 16, |v| number(v, 0, 1 << 20);
     /// Memory churned, KiB a second; as much again of the part that stays as it is gets checked.
-    churn_kib: u32 = 2048, |v| number(v, 0, 1 << 24);
+    churn_kib: u32 = 512, |v| number(v, 0, 1 << 24);
     /// Frames a second on the TCP stream.
-    tcp: u32 = 20, |v| number(v, 0, 10_000);
+    tcp: u32 = 10, |v| number(v, 0, 10_000);
     /// Datagrams a second on the UDP stream.
-    udp: u32 = 50, |v| number(v, 0, 10_000);
+    udp: u32 = 20, |v| number(v, 0, 10_000);
     /// Nodes of the store view read again a second.
-    store: u32 = 2, |v| number(v, 0, 1000);
+    store: u32 = 1, |v| number(v, 0, 1000);
     /// Writes a second under the load's watch.
-    watch: u32 = 2, |v| number(v, 0, 1000);
+    watch: u32 = 1, |v| number(v, 0, 1000);
     /// How long a transaction is held, ms; 0 for none.
     tx_hold_ms: u32 = 5000, |v| number(v, 0, 3_600_000);
-    /// Readings a second of ports, grant table and HVM parameters.
-    xen: u32 = 1, |v| number(v, 0, 100);
+    /// Period of looking at identity, ports, grant table, interrupts, links and devices, ms; 0 for only in snapshots.
+    look_ms: u32 = 3000, |v| number(v, 0, 3_600_000);
     /// Threads that hold patterns in registers.
     regs: u32 = 1, |v| number(v, 0, 64);
     /// How long they spin with them at a time, µs.
     regs_spin_us: u32 = 2000, |v| number(v, 0, 1_000_000);
     /// How long they sleep with them at a time, ms.
-    regs_sleep_ms: u32 = 50, |v| number(v, 0, 10_000);
+    regs_sleep_ms: u32 = 200, |v| number(v, 0, 10_000);
     /// Period of the fine timer, µs.
     tick_us: u32 = 1000, |v| number(v, 100, 1_000_000);
-    /// Part of each second in which the fine timer runs, percent; clocks are read every 10 ms in any case.
-    tick_duty: u32 = 20, |v| number(v, 0, 100);
+    /// Part of each second in which the fine timer runs, percent.
+    tick_duty: u32 = 3, |v| number(v, 0, 100);
+    /// Period in which every vCPU reads all clocks, ms.
+    clock_ms: u32 = 40, |v| number(v, 1, 10_000);
     /// A gap between two clock readings that is reported at once, ms.
     gap_ms: u32 = 1000, |v| number(v, 1, 3_600_000);
     /// Period of the beat, ms.

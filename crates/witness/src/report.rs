@@ -66,7 +66,7 @@ pub struct Beat {
     pub up_ms: u64,
     /// True while the loads run (false after `quiet`).
     pub loads: bool,
-    /// Anomalies noticed, those not sent included.
+    /// Anomalies noticed, those not sent included, clock gaps not.
     pub anomalies: u64,
     /// Anomalies only counted, because too many of the kind had been sent.
     pub anomalies_unsent: u64,
@@ -172,7 +172,7 @@ pub struct JournalAck {
 /// The last report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Final {
-    /// True if nothing that the witness itself checks was ever wrong (anomalies of any kind count).
+    /// True if there was no anomaly. Clock gaps do not count: only somebody outside knows whether the guest was starved.
     pub clean: bool,
     /// Everything once more, after all loads stopped and memory and disk were read in full.
     pub snapshot: Snapshot,
@@ -667,15 +667,6 @@ pub enum Noticed {
         /// What went wrong.
         error: String,
     },
-    /// An HVM parameter is another.
-    HvmParamChanged {
-        /// Index.
-        index: u32,
-        /// Before.
-        before: u64,
-        /// Now.
-        after: u64,
-    },
     /// An interrupt line came or went.
     InterruptLine {
         /// Number and name.
@@ -791,7 +782,6 @@ impl Noticed {
             Noticed::StoreError { .. } | Noticed::WatchSilent { .. } | Noticed::Transaction { .. } => Promise::T3,
             Noticed::PortChanged { .. } | Noticed::InterruptLine { .. } => Promise::T4,
             Noticed::GrantTable { .. } | Noticed::GrantCopy { .. } => Promise::T5,
-            Noticed::HvmParamChanged { .. } => Promise::T6,
             Noticed::KernelLine(line) => line.class.promise(),
             Noticed::ClockBackwards { .. }
             | Noticed::ClockStep { .. }
@@ -849,9 +839,6 @@ impl fmt::Display for Noticed {
                 write!(f, "grant table's {field} was {before}, is {after}")
             }
             Noticed::GrantCopy { grefs: [from, to], error } => write!(f, "copy from grant {from} to {to}: {error}"),
-            Noticed::HvmParamChanged { index, before, after } => {
-                write!(f, "HVM parameter {index} was {before:#x}, is {after:#x}")
-            }
             Noticed::InterruptLine { line, came } => {
                 write!(f, "interrupt line \"{line}\" {}", if *came { "came" } else { "went" })
             }

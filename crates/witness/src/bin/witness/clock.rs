@@ -238,7 +238,7 @@ fn sleep_until(ns: u64) {
     unsafe { libc::clock_nanosleep(libc::CLOCK_MONOTONIC, libc::TIMER_ABSTIME, &t, std::ptr::null_mut()) };
 }
 
-/// Starts a reader on every CPU, every 10 ms; on CPU 0 the fine timer runs in its part of each second.
+/// Starts a reader on every CPU; on CPU 0 the fine timer runs in its part of each second.
 pub fn start(ctx: &Arc<Context>, cpus: usize) {
     for cpu in 1..cpus {
         let c = ctx.clone();
@@ -247,7 +247,7 @@ pub fn start(ctx: &Arc<Context>, cpus: usize) {
                 return;
             }
             loop {
-                std::thread::sleep(Duration::from_millis(10));
+                std::thread::sleep(Duration::from_millis(c.config.clock_ms.into()));
                 look(&c, None);
             }
         });
@@ -256,11 +256,12 @@ pub fn start(ctx: &Arc<Context>, cpus: usize) {
     crate::spawn("clock-0", move || {
         pin_to(0);
         let fine = u64::from(c.config.tick_us) * 1000;
+        let coarse = u64::from(c.config.clock_ms) * 1_000_000;
         let duty = u64::from(c.config.tick_duty) * 10_000_000;
         let mut due = mono_ns();
         loop {
             let in_duty = due % 1_000_000_000 < duty && c.loads();
-            due += if in_duty { fine } else { 10_000_000 };
+            due += if in_duty { fine } else { coarse };
             sleep_until(due);
             let now = mono_ns();
             let late = now.saturating_sub(due) / 1000;

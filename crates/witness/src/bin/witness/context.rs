@@ -73,7 +73,9 @@ impl Context {
         if self.phase() == Phase::Starting {
             return;
         }
-        self.counters.anomalies.add(1);
+        if !matches!(what, Noticed::ClockGap(_)) {
+            self.counters.anomalies.add(1);
+        }
         if self.reporter.may_send(&what) {
             self.send(Body::Anomaly(Anomaly { mono_ns: crate::clock::mono_ns(), what }));
         } else {

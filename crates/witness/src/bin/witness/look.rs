@@ -7,7 +7,7 @@ use crate::system;
 use crate::xen::{OwnGrants, Xen};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use witness::report::{Device, Grants, HvmParam, Identity, Interrupt, Item, Link, Noticed, Port, Snapshot};
+use witness::report::{Device, Grants, Identity, Interrupt, Item, Link, Noticed, Port, Snapshot};
 
 /// What Xen tells, or why not.
 #[derive(Debug)]
@@ -77,14 +77,13 @@ struct Look {
     ports: BTreeMap<u32, Port>,
     ports_seen: bool,
     grants: Option<(u32, u32, u32)>,
-    hvm_params: Vec<HvmParam>,
     lines: BTreeMap<String, ()>,
     links: Vec<Link>,
     devices: Vec<Device>,
 }
 
 fn take_look(xen: &mut XenSide) -> Look {
-    let ports = xen.with(Xen::ports);
+    let ports = xen.with(Xen::low_ports);
     let names = store::names();
     let mut identity = BTreeMap::new();
     if let Some(d) = system::domid_by_cpuid().seen() {
@@ -101,7 +100,6 @@ fn take_look(xen: &mut XenSide) -> Look {
         ports_seen: ports.seen().is_some(),
         ports: ports.seen().into_iter().flatten().map(|p| (p.port, *p)).collect(),
         grants: xen.grants().seen().map(|g| (g.version, g.frames, g.max_frames)),
-        hvm_params: xen.with(Xen::hvm_params).seen().cloned().unwrap_or_default(),
         lines: system::interrupts().into_iter().map(|i| (line(&i), ())).collect(),
         links: system::links(),
         devices: system::devices(),
@@ -140,13 +138,6 @@ fn compare(before: &Look, after: &Look) -> Vec<Noticed> {
             }
         }
     }
-    for b in &before.hvm_params {
-        if let Some(a) = after.hvm_params.iter().find(|a| a.index == b.index)
-            && a.value != b.value
-        {
-            noticed.push(Noticed::HvmParamChanged { index: b.index, before: b.value, after: a.value });
-        }
-    }
     for line in before.lines.keys().filter(|l| !after.lines.contains_key(*l)) {
         noticed.push(Noticed::InterruptLine { line: line.clone(), came: false });
     }
@@ -178,12 +169,12 @@ fn links_changes(links: &[Link]) -> u64 {
 
 /// Starts looking.
 pub fn start(ctx: &Arc<Context>, xen: &Arc<Mutex<XenSide>>) {
-    if ctx.config.xen == 0 {
+    if ctx.config.look_ms == 0 {
         return;
     }
     let (c, xen) = (ctx.clone(), xen.clone());
     crate::spawn("look", move || {
-        let mut pacer = Pacer::new(c.config.xen);
+        let mut pacer = Pacer::every(std::time::Duration::from_millis(c.config.look_ms.into()));
         let mut last: Option<Look> = None;
         loop {
             pacer.wait_always();
@@ -258,7 +249,6 @@ mod tests {
             ports: BTreeMap::from([(3, port)]),
             ports_seen: true,
             grants: Some((1, 2, 3)),
-            hvm_params: vec![HvmParam { index: 0, value: 1 }],
             lines: BTreeMap::from([("24 xenbus".to_owned(), ())]),
             links: vec![Link { dev: "eth0".into(), mac: "m".into(), mtu: 1, state: "up".into(), carrier_changes: 2 }],
             devices: vec![Device { name: "vif-0".into(), state: "Connected".into(), driver: "vif".into() }],
@@ -278,7 +268,6 @@ mod tests {
             (1, |l| l.ports.values_mut().for_each(|p| p.vcpu = 1)),
             (0, |l| l.ports.values_mut().for_each(|p| p.remote_port = Some(9))),
             (1, |l| l.grants = Some((1, 2, 4))),
-            (1, |l| l.hvm_params[0].value = 2),
             (2, |l| l.lines = BTreeMap::from([("25 xenbus".to_owned(), ())])),
             (1, |l| l.links[0].carrier_changes = 4),
             (1, |l| l.links.clear()),

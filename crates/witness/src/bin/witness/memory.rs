@@ -102,7 +102,7 @@ pub fn start(ctx: &Arc<Context>) -> Option<Arc<Mutex<Region>>> {
     if ctx.config.churn_kib > 0 {
         let (c, r) = (ctx.clone(), region.clone());
         crate::spawn("churn", move || {
-            const TURNS: u32 = 50;
+            const TURNS: u32 = 10;
             let mut pacer = Pacer::every(Duration::from_secs(1) / TURNS);
             let mut owed_kib = 0;
             loop {

@@ -2,6 +2,7 @@
 
 use crate::clock::mono_ns;
 use crate::context::{Context, Pacer, Phase, lock};
+use crate::pipeline::{Pipeline, show_perms};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -77,7 +78,7 @@ fn node(ctx: &Context, c: &mut Client, path: &str) -> xenstore_client::Result<Op
         Err(e) => return Err(e),
     };
     let perms = match timed(ctx, || c.get_perms(path)) {
-        Ok(perms) => perms.iter().map(|p| format!("{}{}", p.access.letter(), p.domid)).collect::<Vec<_>>().join(" "),
+        Ok(perms) => show_perms(&perms),
         Err(e) if gone(&e) => format!("? {}", e.errno().map_or("", Errno::name)),
         Err(e) => return Err(e),
     };
@@ -98,31 +99,33 @@ fn backends(nodes: &BTreeMap<String, StoreNode>, home: &str) -> Vec<String> {
 
 /// All that the guest can see: its own area, its /vm area, its backends' areas.
 pub fn view(ctx: &Context) -> Result<Vec<StoreNode>, String> {
-    let mut c = open()?;
-    let home = home(&mut c)?;
+    let home = home(&mut open()?)?;
+    let mut pipe = Pipeline::open()?;
     let mut nodes = BTreeMap::new();
-    walk(ctx, &mut c, &home, &mut nodes)?;
+    walk(ctx, &mut pipe, &home, &mut nodes)?;
     if let Some(vm) = nodes.get(&format!("{home}/vm")).map(|n| n.value.clone()) {
-        walk(ctx, &mut c, &vm, &mut nodes)?;
+        walk(ctx, &mut pipe, &vm, &mut nodes)?;
     }
     for backend in backends(&nodes, &home) {
-        walk(ctx, &mut c, &backend, &mut nodes)?;
+        walk(ctx, &mut pipe, &backend, &mut nodes)?;
     }
     Ok(nodes.into_values().collect())
 }
 
-fn walk(ctx: &Context, c: &mut Client, root: &str, nodes: &mut BTreeMap<String, StoreNode>) -> Result<(), String> {
-    let mut left = vec![root.to_owned()];
-    while let Some(path) = left.pop() {
-        if nodes.len() >= MOST_NODES {
+/// Adds a node and all below it. The nodes of one depth are asked for together: one after the other, a view would take
+/// a minute on a slow host.
+fn walk(ctx: &Context, pipe: &mut Pipeline, root: &str, nodes: &mut BTreeMap<String, StoreNode>) -> Result<(), String> {
+    let mut level = vec![root.to_owned()];
+    while !level.is_empty() {
+        if nodes.len() + level.len() > MOST_NODES {
             return Err(format!("more than {MOST_NODES} nodes"));
         }
-        let Some(n) = node(ctx, c, &path).map_err(|e| e.to_string())? else { continue };
-        nodes.insert(path.clone(), n);
-        match timed(ctx, || c.directory(&path)) {
-            Ok(children) => left.extend(children.into_iter().map(|name| format!("{path}/{name}"))),
-            Err(e) if matches!(e.errno(), Some(Errno::ENOENT | Errno::EACCES)) => {}
-            Err(e) => return Err(e.to_string()),
+        let found = pipe.nodes(&level)?;
+        ctx.counters.store_ops.add(3 * level.len() as u64);
+        level.clear();
+        for entry in found.into_iter().flatten() {
+            level.extend(entry.children.iter().map(|name| format!("{}/{name}", entry.node.path)));
+            nodes.insert(entry.node.path.clone(), entry.node);
         }
     }
     Ok(())
@@ -185,7 +188,7 @@ pub fn start(ctx: &Arc<Context>) -> Result<(), String> {
         let mut c = open()?;
         let ctx = ctx.clone();
         crate::spawn("store-tx", move || {
-            let mut pacer = Pacer::every(Duration::from_millis(100));
+            let mut pacer = Pacer::every(Duration::from_millis(300));
             loop {
                 pacer.wait(&ctx);
                 hold_transaction(&ctx, &mut c);
@@ -235,7 +238,7 @@ fn hold_transaction(ctx: &Context, c: &mut Client) {
         let _ = t.read_opt(&path)?;
         let end = start + Duration::from_millis(ctx.config.tx_hold_ms.into());
         while Instant::now() < end && ctx.loads() {
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(250));
         }
         t.write(&path, n.to_string())?;
         t.commit()
