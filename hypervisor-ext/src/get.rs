@@ -2,8 +2,8 @@
 //! The GET operations. They work on any domain, paused or not; of a running one they give a picture that may be a moment old.
 
 use crate::abi::{
-    self, DomainState, Fault, Info, PirqState, PortState, Request, VcpuState, domain_fields, domain_flags, features, port_flags, port_state,
-    vcpu_fields, vcpu_flags,
+    self, DomainState, Fault, Info, PirqState, PortState, Request, VcpuState, domain_fields, domain_flags, features,
+    port_flags, port_state, vcpu_fields, vcpu_flags,
 };
 use crate::request::{Progress, Refusal, check_list, give, give_entry, refuse};
 use crate::table as t;

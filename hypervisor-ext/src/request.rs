@@ -3,7 +3,9 @@
 
 use crate::abi::{self, Fault, Request, op};
 use crate::table as t;
-use crate::xen::{self, DOMID_FIRST_RESERVED, Domain, DomainLock, EBUSY, EINVAL, ENOBUFS, EOPNOTSUPP, EPERM, ESRCH, load, store};
+use crate::xen::{
+    self, DOMID_FIRST_RESERVED, Domain, DomainLock, EBUSY, EINVAL, ENOBUFS, EOPNOTSUPP, EPERM, ESRCH, load, store,
+};
 use crate::{clock, get, set};
 
 /// A refusal: errno, and which value was refused.
@@ -41,7 +43,8 @@ extern "C" fn ferry_arch_do_domctl(domctl: *mut u8, d: *mut u8, handle: u64) -> 
             return EOPNOTSUPP;
         }
         let mut progress = Progress::default();
-        let outcome = if d.is_null() { Err(refuse(ESRCH, Fault::TARGET)) } else { carry_out(Domain(d), &request, &mut progress) };
+        let outcome =
+            if d.is_null() { Err(refuse(ESRCH, Fault::TARGET)) } else { carry_out(Domain(d), &request, &mut progress) };
         request.done = progress.done;
         request.next = progress.next;
         request.fault = match outcome {

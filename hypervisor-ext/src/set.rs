@@ -5,14 +5,16 @@
 use core::sync::atomic::{Ordering, compiler_fence};
 
 use crate::abi::{
-    self, DomainState, Fault, PirqState, PortState, Request, VcpuState, domain_fields, domain_flags, port_flags, port_state, vcpu_fields, vcpu_flags,
+    self, DomainState, Fault, PirqState, PortState, Request, VcpuState, domain_fields, domain_flags, port_flags,
+    port_state, vcpu_fields, vcpu_flags,
 };
+use crate::clock;
 use crate::request::{Progress, Refusal, check_header, check_list, refuse, take, take_entry};
 use crate::table as t;
 use crate::xen::{
-    self, AllocUnbound, DOMID_FIRST_RESERVED, Domain, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP, Evtchn, Vcpu, load, store,
+    self, AllocUnbound, DOMID_FIRST_RESERVED, Domain, EBUSY, EEXIST, EINVAL, ENOENT, ENOSPC, EOPNOTSUPP, Evtchn, Vcpu,
+    load, store,
 };
-use crate::clock;
 
 /// Largest time span that a timer may be set ahead by: Xen's own limit (xen/time.h, `STIME_DELTA_MAX`) is 2^61 - 1.
 const LONGEST: i64 = (1 << 61) - 1;
@@ -65,7 +67,9 @@ fn check_width(d: Domain, flags: u32) -> Result<(), Refusal> {
     };
     for id in 0..d.max_vcpus() {
         if let Some(v) = d.vcpu(id) {
-            in_use |= v.get::<u64>(t::V_INFO_MFN) != u64::MAX || v.get::<u64>(t::V_RUNSTATE_GUEST) != 0 || v.get::<u64>(t::V_TIME_AREA) != 0;
+            in_use |= v.get::<u64>(t::V_INFO_MFN) != u64::MAX
+                || v.get::<u64>(t::V_RUNSTATE_GUEST) != 0
+                || v.get::<u64>(t::V_TIME_AREA) != 0;
         }
     }
     if in_use { Err(refuse(EBUSY, Fault::WIDTH)) } else { Ok(()) }
@@ -243,7 +247,10 @@ fn check_vcpu(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusal> {
         let span = time.saturating_sub(xen::now().saturating_add(clock::offset(d)));
         (-LONGEST..=LONGEST).contains(&span)
     };
-    if fields & vcpu_fields::SINGLESHOT != 0 && wanted.flags & vcpu_flags::SINGLESHOT != 0 && !near(wanted.singleshot_expires) {
+    if fields & vcpu_fields::SINGLESHOT != 0
+        && wanted.flags & vcpu_flags::SINGLESHOT != 0
+        && !near(wanted.singleshot_expires)
+    {
         return Err(refuse(EINVAL, Fault::SINGLESHOT));
     }
     if fields & vcpu_fields::PERIODIC != 0 {
@@ -457,7 +464,11 @@ fn give_kind(d: Domain, v: Vcpu, wanted: &PortState) -> Result<(), Refusal> {
     let evtchn = d.evtchn(wanted.port).ok_or(refuse(ENOENT, Fault::PORT))?;
     if evtchn.state() != port_state::UNBOUND {
         // A backend that was faster than its toolstack: it has bound the port, whose kind is then right already.
-        return if wanted.state == port_state::UNBOUND { finish(d, evtchn, wanted) } else { Err(refuse(EBUSY, Fault::PORT)) };
+        return if wanted.state == port_state::UNBOUND {
+            finish(d, evtchn, wanted)
+        } else {
+            Err(refuse(EBUSY, Fault::PORT))
+        };
     }
     {
         let _lock = evtchn.lock();
@@ -560,7 +571,10 @@ pub fn pirqs(d: Domain, request: &Request, progress: &mut Progress) -> Result<()
 fn pirq(d: Domain, wanted: &PirqState) -> Result<(), Refusal> {
     // A passed-through interrupt has a physical one behind it, which only the device's assignment can give.
     let emulated = wanted.emuirq >= 0 || wanted.emuirq == abi::EMUIRQ_MSI;
-    if wanted.reserved != 0 || wanted.pirq >= d.get::<u32>(t::D_NR_PIRQS) || !(emulated || wanted.emuirq == abi::EMUIRQ_UNBOUND) {
+    if wanted.reserved != 0
+        || wanted.pirq >= d.get::<u32>(t::D_NR_PIRQS)
+        || !(emulated || wanted.emuirq == abi::EMUIRQ_UNBOUND)
+    {
         return Err(refuse(EINVAL, Fault::PIRQ));
     }
     xen::no_speculation();

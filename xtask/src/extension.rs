@@ -64,9 +64,14 @@ fn check_file(path: &Path, known: &str) -> Result<Vec<String>> {
 
 /// Makes the table of one build of Xen. What is not given is fetched in the version that the lab is pinned to.
 pub fn make_table(source: Option<PathBuf>, symbols: Option<PathBuf>, config: Option<PathBuf>) -> Result<()> {
-    let (source, symbols, config) = match (source, symbols, config) {
-        (Some(source), Some(symbols), Some(config)) => (source, symbols, config),
-        _ => fetch()?,
+    // Xen is configured and partly built in its own tree, so a fetched one is copied; the copy goes with `_work`.
+    let (_work, source, symbols, config) = match (source, symbols, config) {
+        (Some(source), Some(symbols), Some(config)) => (None, source, symbols, config),
+        _ => {
+            let work = tempfile::tempdir().context("make a folder for Xen's source")?;
+            let (source, symbols, config) = fetch(work.path())?;
+            (Some(work), source, symbols, config)
+        }
     };
     let version = source_version(&source)?;
     let symbols = table::Symbols::read(&symbols)?;
@@ -89,15 +94,13 @@ pub fn make_table(source: Option<PathBuf>, symbols: Option<PathBuf>, config: Opt
     Ok(())
 }
 
-/// Debian's source, symbol file and configuration of the pinned hypervisor.
-fn fetch() -> Result<(PathBuf, PathBuf, PathBuf)> {
+/// Debian's source (a copy in `work`), symbol file and configuration of the pinned hypervisor.
+fn fetch(work: &Path) -> Result<(PathBuf, PathBuf, PathBuf)> {
     let cache = lab::cache::Cache::open()?;
     let pins = lab::packages::Pins::load()?;
     let set = pins.fetch(&cache, "hypervisor-symbols")?;
     let version = set.version("xen-hypervisor-4.17-amd64")?;
     let pristine = pins.fetch_source(&cache, "xen", version)?;
-    // Xen is configured and partly built in its own tree, so not in the one that is kept.
-    let work = tempfile::tempdir().context("make a folder for Xen's source")?.keep();
     let copied = std::process::Command::new("cp").args(["-a", "--"]).arg(&pristine).arg(work.join("xen")).status();
     if !copied.context("run cp")?.success() {
         bail!("Xen's source can't be copied to {}", work.display());
