@@ -18,6 +18,16 @@ pub struct Cli {
 /// One variant per subcommand; its arguments and its code are in the module of the same name under `commands`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Move a running guest to another host
+    Migrate(commands::migrate::Args),
+    /// Tell of migrations that are under way on this host
+    Status(commands::migrate::StatusArgs),
+    /// Give a migration up; the guest goes on where it is
+    Cancel(commands::migrate::CancelArgs),
+    /// Decide a migration whose other host is gone for good
+    Resolve(commands::migrate::ResolveArgs),
+    /// Run the daemon that moves guests out and takes them in, in the foreground
+    Daemon(commands::daemon::Args),
     /// Look at this host: what it has and lacks for moving guests
     Host(commands::host::Args),
     /// Show a guest's whole state in the hypervisor, or compare two

@@ -17,6 +17,16 @@ pub enum Exit {
     Unresolved = 5,
 }
 
+impl Exit {
+    /// From the number; an unknown one is [`Exit::Failed`].
+    pub fn from_number(number: u8) -> Exit {
+        [Exit::Refused, Exit::GivenUp, Exit::Unresolved]
+            .into_iter()
+            .find(|e| *e as u8 == number)
+            .unwrap_or(Exit::Failed)
+    }
+}
+
 impl From<Exit> for ExitCode {
     fn from(exit: Exit) -> Self {
         ExitCode::from(exit as u8)

@@ -5,6 +5,11 @@
 
 pub mod cli;
 pub mod commands;
+pub mod config;
+pub mod control;
+pub mod daemon;
 pub mod domain;
 pub mod exit;
 pub mod host_check;
+pub mod learned;
+pub mod toolstack;

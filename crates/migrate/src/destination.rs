@@ -645,7 +645,7 @@ impl Run {
     fn try_prepare(&mut self) -> Result<Option<Vec<String>>> {
         let offer = self.offer.clone().ok_or_else(|| Trouble::new("there is no offer"))?;
         let why = preflight::destination(&self.host, &offer)?;
-        if !why.is_empty() {
+        if !why.is_empty() || offer.dry_run {
             return Ok(Some(why));
         }
         let dom = offer.identity.domid;

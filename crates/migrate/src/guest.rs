@@ -66,6 +66,9 @@ pub struct Offer {
     pub toolstack: serde_json::Value,
     /// How long the destination should expect the guest to be away at most, milliseconds.
     pub downtime_limit_ms: u64,
+    /// Only judge it: the answer is a refusal, with no reason if there is none.
+    #[serde(default)]
+    pub dry_run: bool,
 }
 
 /// All that a domain is made from before its memory comes.

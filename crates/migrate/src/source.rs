@@ -122,6 +122,11 @@ impl Handle {
         *self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Nothing is left to do, not even to tell the destination.
+    pub fn is_over(&self) -> bool {
+        matches!(self.state(), Some(SourceState::Closed(_)))
+    }
+
     pub fn cancel(&self) -> std::result::Result<(), Denied> {
         self.command(SourceEvent::Cancel)
     }
@@ -162,8 +167,29 @@ pub fn judge(host: &Host, dom: DomId, limits: &Limits) -> Result<(Offer, Descrip
         devices: guest.devices.clone(),
         toolstack: guest.details.clone(),
         downtime_limit_ms: millis(limits.downtime),
+        dry_run: false,
     };
     Ok((offer, guest, why))
+}
+
+/// Asks the destination what it would say to an offer: why not, or nothing. Nothing is made there.
+pub fn ask(host: &Host, peer: &str, offer: &Offer) -> Result<Vec<String>> {
+    let link = host.connector.connect(peer).map_err(|e| unreachable_peer(peer, e))?;
+    let (sender, mut receiver) = link.greet().doing(format!("talk to {peer}"))?;
+    let details = serde_json::to_value(Offer { dry_run: true, ..offer.clone() })?;
+    sender.send(&Frame::ToDestination(Said { id: Uuid::new_v4(), word: ToDestination::Offer, details }))?;
+    let answer = receiver.receive();
+    sender.close();
+    match answer? {
+        Some(Frame::ToSource(Said { word: ToSource::Refuse, details, .. })) => {
+            Ok(serde_json::from_value::<WhyDetails>(details)?.why)
+        }
+        other => Err(Trouble::new(format!("{peer} answered something else than was asked: {other:?}"))),
+    }
+}
+
+fn unreachable_peer(peer: &str, error: std::io::Error) -> Trouble {
+    Trouble::because(format!("connect to {peer}"), error).todo("is ferryd running there, and reachable?")
 }
 
 /// Starts a migration in a thread of its own.
@@ -331,6 +357,7 @@ impl Run {
             }
         }
         self.drop_link();
+        *self.shared.state.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.machine.state());
         if let Some(journal) = self.journal.take()
             && let Err(error) = journal.delete()
         {
@@ -537,9 +564,7 @@ impl Run {
 
     fn connect(&mut self) -> Result<()> {
         let peer = &self.peer;
-        let link = self.host.connector.connect(peer).map_err(|e| {
-            Trouble::because(format!("connect to {peer}"), e).todo("is ferryd running there, and reachable?")
-        })?;
+        let link = self.host.connector.connect(peer).map_err(|e| unreachable_peer(peer, e))?;
         let (sender, mut receiver) = link.greet().doing(format!("talk to {peer}"))?;
         let (tx, reply_to) = (self.input_tx.clone(), sender.clone());
         std::thread::Builder::new().name("from-destination".into()).spawn(move || {

@@ -1,0 +1,455 @@
+//! `ferryd`: moves guests out on command, takes them in, and ends what a daemon before it began.
+
+use crate::config::Config;
+use crate::control::{Answer, DryRun, Migrate, Request, Status};
+use crate::exit::Exit;
+use crate::learned::Learned;
+use anyhow::{Context, Result, bail};
+use hypervisor::{DirtyBitmap, DomId, Hypervisor};
+use migrate::destination::{Destinations, role_of};
+use migrate::handshake::Denied;
+use migrate::host::{Fault, Faults, Host, NoFaults, Timeouts};
+use migrate::journal::{Journal, Role};
+use migrate::link::{Connector, Link, Tcp};
+use migrate::report::{Ending, Report, millis};
+use migrate::source::{self, Handle};
+use migrate::{Limits, Trouble};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// Longest request, bytes.
+const REQUEST_MAX: u64 = 1 << 16;
+/// How often progress is told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+/// How long a dry run watches what the guest dirties.
+const SAMPLE: Duration = Duration::from_secs(1);
+/// Connections of other hosts at the same time.
+const MAX_CONNECTIONS: usize = 64;
+
+/// Turns a name or a number into a domid.
+pub type FindDomain = dyn Fn(&str) -> migrate::Result<DomId> + Send + Sync;
+
+pub struct Daemon {
+    config: Config,
+    host: Host,
+    find: Box<FindDomain>,
+    destinations: Destinations,
+    outgoing: Mutex<Vec<Handle>>,
+    learned: Learned,
+    /// Held as long as the daemon lives, so that there is only one.
+    _lock: File,
+}
+
+impl std::fmt::Debug for Daemon {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Daemon").field("host", &self.host).finish_non_exhaustive()
+    }
+}
+
+impl Daemon {
+    /// Takes the state folder, and goes on with what its journals tell of.
+    pub fn new(
+        config: Config,
+        hypervisor: Arc<dyn Hypervisor>,
+        toolstack: Arc<dyn migrate::toolstack::Toolstack>,
+        find: Box<FindDomain>,
+    ) -> Result<Arc<Daemon>> {
+        let dir = &config.state_dir;
+        std::fs::create_dir_all(dir).with_context(|| format!("make the state folder {}", dir.display()))?;
+        std::fs::set_permissions(dir, PermissionsExt::from_mode(0o700))?;
+        let lock = File::create(dir.join("lock"))?;
+        if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+            bail!("another ferry daemon is running on this host (it holds {}/lock)", dir.display());
+        }
+        let connector: Arc<dyn Connector> = Arc::new(Tcp { default_port: crate::config::DEFAULT_PORT });
+        let host = Host {
+            hypervisor,
+            toolstack,
+            connector,
+            name: config.host_name(),
+            id: host_id(dir)?,
+            journals: dir.join("journal"),
+            writer: concat!("ferry ", env!("CARGO_PKG_VERSION")).into(),
+            max_incoming: config.max_incoming,
+            faults: planted_fault()?,
+            timeouts: Timeouts::default(),
+        };
+        std::fs::create_dir_all(&host.journals)?;
+        let daemon = Arc::new(Daemon {
+            destinations: Destinations::new(host.clone()),
+            learned: Learned::open(dir),
+            config,
+            host,
+            find,
+            outgoing: Mutex::default(),
+            _lock: lock,
+        });
+        daemon.recover()?;
+        Ok(daemon)
+    }
+
+    /// A journal that can't be read stops neither the daemon nor the others, but is told of at every start.
+    fn recover(&self) -> Result<()> {
+        for entry in std::fs::read_dir(&self.host.journals)? {
+            let path = entry?.path();
+            let done = match role_of(&path) {
+                Some(Role::Source) => Journal::open(&path).map_err(Trouble::from).and_then(|journal| {
+                    let handle = journal.map(|j| source::recover(&self.host, j)).transpose()?.flatten();
+                    self.outgoing().extend(handle);
+                    Ok(())
+                }),
+                Some(Role::Destination) => Journal::open(&path)
+                    .map_err(Trouble::from)
+                    .and_then(|journal| journal.map_or(Ok(()), |j| self.destinations.recover(j))),
+                None => Ok(()),
+            };
+            if let Err(error) = done {
+                tracing::error!("{}: {error}", path.display());
+            }
+        }
+        Ok(())
+    }
+
+    fn outgoing(&self) -> std::sync::MutexGuard<'_, Vec<Handle>> {
+        self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves until the process ends.
+    pub fn serve(self: &Arc<Self>) -> Result<()> {
+        if self.config.transport.insecure_tcp {
+            let address = self.config.listen();
+            let listener = TcpListener::bind(address).with_context(|| format!("listen on {address}"))?;
+            tracing::warn!("listening on {address} over plain TCP, neither encrypted nor authenticated");
+            let daemon = self.clone();
+            std::thread::Builder::new().name("listen".into()).spawn(move || daemon.accept(&listener))?;
+        }
+        let socket = &self.config.socket;
+        if let Some(dir) = socket.parent() {
+            std::fs::create_dir_all(dir)?;
+        }
+        // The lock says that it is nobody's.
+        let _ = std::fs::remove_file(socket);
+        let listener = UnixListener::bind(socket).with_context(|| format!("listen on {}", socket.display()))?;
+        std::fs::set_permissions(socket, PermissionsExt::from_mode(0o600))?;
+        tracing::info!("ready at {}", socket.display());
+        for stream in listener.incoming() {
+            let stream = stream?;
+            let daemon = self.clone();
+            std::thread::Builder::new().name("command".into()).spawn(move || daemon.command(stream))?;
+        }
+        Ok(())
+    }
+
+    fn accept(self: Arc<Self>, listener: &TcpListener) {
+        let count = Arc::new(());
+        for stream in listener.incoming() {
+            let link = stream.and_then(|stream| {
+                if Arc::strong_count(&count) > MAX_CONNECTIONS {
+                    return Err(std::io::Error::other("too many connections"));
+                }
+                Link::tcp(stream)
+            });
+            match link {
+                Ok(link) => {
+                    let (destinations, count) = (self.destinations.clone(), count.clone());
+                    let spawned = std::thread::Builder::new().name("from-source".into()).spawn(move || {
+                        destinations.serve(link);
+                        drop(count);
+                    });
+                    if let Err(error) = spawned {
+                        tracing::error!("no thread for a connection: {error}");
+                    }
+                }
+                Err(error) => tracing::warn!("a connection was not taken: {error}"),
+            }
+        }
+    }
+
+    // ---- commands ----
+
+    fn command(&self, stream: UnixStream) {
+        let mut line = String::new();
+        let read = match stream.try_clone() {
+            Ok(reader) => BufReader::new(std::io::Read::take(reader, REQUEST_MAX)).read_line(&mut line),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = read {
+            tracing::warn!("a command could not be read: {error}");
+            return;
+        }
+        let mut out = Answers { stream };
+        let answered = match serde_json::from_str(&line) {
+            Err(error) => out.failed(Exit::Failed, format!("a request that can't be read: {error}")),
+            Ok(Request::Migrate(request)) if request.dry_run => self.dry_run(&request, &mut out),
+            Ok(Request::Migrate(request)) => self.migrate(&request, &mut out),
+            Ok(Request::Status) => out.say(&Answer::Status { migrations: self.status() }),
+            Ok(Request::Cancel { which }) => {
+                let done = self.find_outgoing(&which).map(|handle| handle.cancel());
+                out.outcome(&which, done)
+            }
+            Ok(Request::Resolve { which, peer_fenced }) => {
+                let done = match self.find_outgoing(&which) {
+                    Some(handle) => Some(handle.resolve(peer_fenced)),
+                    None => self.find_incoming(&which).map(|id| self.destinations.resolve(id, peer_fenced)),
+                };
+                out.outcome(&which, done)
+            }
+        };
+        if let Err(error) = answered {
+            tracing::info!("a command's answer could not be given: {error}");
+        }
+    }
+
+    fn limits(&self, request: &Migrate) -> Limits {
+        let config = &self.config.limits;
+        let fixed = self.learned.fixed(&request.host);
+        Limits {
+            downtime: Duration::from_millis(request.downtime_ms.unwrap_or(config.downtime_ms)),
+            time: Duration::from_secs(request.max_time_s.unwrap_or(config.max_time_s)),
+            rounds: config.rounds,
+            fixed: fixed.unwrap_or(Duration::from_millis(config.fixed_blackout_ms)),
+        }
+    }
+
+    fn check_transport(&self) -> std::result::Result<(), String> {
+        if self.config.transport.insecure_tcp {
+            return Ok(());
+        }
+        Err("no transport to other hosts is enabled; plain TCP, which is neither encrypted nor authenticated, is enabled with \
+             `insecure-tcp = true` under [transport] in the configuration of both hosts"
+            .into())
+    }
+
+    fn migrate(&self, request: &Migrate, out: &mut Answers) -> Result<()> {
+        if let Err(why) = self.check_transport() {
+            return out.failed(Exit::Refused, why);
+        }
+        let limits = self.limits(request);
+        let started = (self.find)(&request.domain).and_then(|domid| {
+            if let Some(other) = self.outgoing().iter().find(|h| h.domid == domid && h.report().is_none()) {
+                return Err(Trouble::new(format!("it is being moved to {} already", other.peer)));
+            }
+            source::start(&self.host, source::Request { domid, peer: request.host.clone(), limits })
+        });
+        let handle = match started {
+            Ok(handle) => handle,
+            Err(error) => return out.failed(Exit::Refused, format!("domain {}: {error}", request.domain)),
+        };
+        {
+            let mut outgoing = self.outgoing();
+            outgoing.retain(|h| !h.is_over());
+            outgoing.push(handle.clone());
+        }
+        let mut told = Instant::now();
+        let report = loop {
+            if let Some(report) = handle.report() {
+                break report;
+            }
+            if told.elapsed() >= PROGRESS_EVERY {
+                told = Instant::now();
+                // Whoever asked may be gone; the migration goes on.
+                out.say(&Answer::Progress(handle.progress()))?;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        self.learned.learn(&request.host, &report);
+        out.report(report)
+    }
+
+    fn dry_run(&self, request: &Migrate, out: &mut Answers) -> Result<()> {
+        if let Err(why) = self.check_transport() {
+            return out.failed(Exit::Refused, why);
+        }
+        match self.try_dry_run(request) {
+            Ok(dry) => out.say(&Answer::DryRun(dry)),
+            Err(error) => out.failed(Exit::Refused, format!("domain {}: {error}", request.domain)),
+        }
+    }
+
+    fn try_dry_run(&self, request: &Migrate) -> migrate::Result<DryRun> {
+        let domid = (self.find)(&request.domain)?;
+        let limits = self.limits(request);
+        let (offer, _, mut refused) = source::judge(&self.host, domid, &limits)?;
+        refused.extend(source::ask(&self.host, &request.host, &offer)?);
+        let dirty_rate = self.sample_dirty(domid)?;
+        // What is dirtied while the last look's pages are sent stays for the pause.
+        let rate = self.learned.rate(&request.host).unwrap_or(100 << 20);
+        let per_second = dirty_rate.saturating_mul(4096);
+        let left = per_second / 50;
+        let expected = limits.fixed + Duration::from_millis(left.saturating_mul(1000) / rate.max(1));
+        Ok(DryRun {
+            domid: domid.0,
+            name: offer.identity.name,
+            memory_mib: offer.shell.total_pages / 256,
+            devices: offer.devices.iter().map(migrate::guest::Device::title).collect(),
+            refused,
+            dirty_rate,
+            expected_blackout_ms: millis(expected),
+            downtime_limit_ms: millis(limits.downtime),
+        })
+    }
+
+    /// Pages a second that the guest writes to.
+    fn sample_dirty(&self, dom: DomId) -> migrate::Result<u64> {
+        let hv = &*self.host.hypervisor;
+        hv.log_dirty_enable(dom)?;
+        std::thread::sleep(SAMPLE);
+        let mut bitmap = DirtyBitmap::new(hv.max_gfn(dom)?.0 + 1);
+        let looked = hv.log_dirty_clean(dom, &mut bitmap, false);
+        hv.log_dirty_disable(dom)?;
+        looked?;
+        Ok(bitmap.count() * 1000 / millis(SAMPLE).max(1))
+    }
+
+    fn status(&self) -> Vec<Status> {
+        let outgoing = self.outgoing().clone();
+        let out = outgoing.iter().filter(|h| !h.is_over()).map(|h| {
+            let progress = h.progress();
+            Status {
+                id: h.id,
+                direction: "out".into(),
+                domid: h.domid.0,
+                name: h.name.clone(),
+                peer: h.peer.clone(),
+                state: serde_json::to_value(h.state()).ok().map(|v| state_text(&v)).unwrap_or_default(),
+                waiting_for: progress.waiting_for.clone(),
+                progress: Some(progress),
+            }
+        });
+        let incoming = self.destinations.list().into_iter().map(|i| Status {
+            id: i.id,
+            direction: "in".into(),
+            domid: i.domid.0,
+            name: i.name,
+            peer: i.from,
+            state: serde_json::to_value(i.state).ok().map(|v| state_text(&v)).unwrap_or_default(),
+            progress: None,
+            waiting_for: i.waiting_for,
+        });
+        out.chain(incoming).collect()
+    }
+
+    fn find_outgoing(&self, which: &str) -> Option<Handle> {
+        let outgoing = self.outgoing();
+        let open = outgoing.iter().filter(|h| !h.is_over());
+        let mut found = open.filter(|h| h.id.to_string() == which || h.name == which || h.domid.0.to_string() == which);
+        found.next_back().cloned()
+    }
+
+    fn find_incoming(&self, which: &str) -> Option<Uuid> {
+        let list = self.destinations.list();
+        list.iter()
+            .find(|i| i.id.to_string() == which || i.name == which || i.domid.0.to_string() == which)
+            .map(|i| i.id)
+    }
+}
+
+/// `"committed"`, or the key of `{"closed": …}`.
+fn state_text(value: &serde_json::Value) -> String {
+    match value {
+        serde_json::Value::String(text) => text.clone(),
+        serde_json::Value::Object(map) => map.keys().next().cloned().unwrap_or_default(),
+        _ => "starting".into(),
+    }
+}
+
+struct Answers {
+    stream: UnixStream,
+}
+
+impl Answers {
+    fn say(&mut self, answer: &Answer) -> Result<()> {
+        let mut line = serde_json::to_vec(answer)?;
+        line.push(b'\n');
+        Ok(self.stream.write_all(&line)?)
+    }
+
+    fn failed(&mut self, exit: Exit, message: String) -> Result<()> {
+        self.say(&Answer::Failed { exit: exit as u8, message })
+    }
+
+    fn outcome(&mut self, which: &str, done: Option<std::result::Result<(), Denied>>) -> Result<()> {
+        match done {
+            None => self.failed(Exit::Failed, format!("no migration {which} is under way; `ferry status` lists them")),
+            Some(Ok(())) => self.say(&Answer::Done),
+            Some(Err(denied)) => self.failed(Exit::Refused, format!("{which}: {denied}")),
+        }
+    }
+
+    fn report(&mut self, report: Report) -> Result<()> {
+        let exit = match report.ending {
+            _ if report.moved => None,
+            Ending::Refused => Some(Exit::Refused),
+            Ending::GivenUp => Some(Exit::GivenUp),
+            _ => Some(Exit::Failed),
+        };
+        let message = format!(
+            "domain {} ({}) was not moved to {} and runs here: {}",
+            report.name,
+            report.domid,
+            report.peer,
+            report.error.as_deref().unwrap_or("no reason is known")
+        );
+        self.say(&Answer::Report(Box::new(report)))?;
+        match exit {
+            None => Ok(()),
+            Some(exit) => self.failed(exit, message),
+        }
+    }
+}
+
+/// A number that tells this host apart from others, made once.
+fn host_id(dir: &std::path::Path) -> Result<Uuid> {
+    let path = dir.join("host-id");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => text.trim().parse().with_context(|| format!("{} holds no host id; remove it", path.display())),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let id = Uuid::new_v4();
+            std::fs::write(&path, format!("{id}\n")).with_context(|| format!("write {}", path.display()))?;
+            Ok(id)
+        }
+        Err(e) => bail!("read {}: {e}", path.display()),
+    }
+}
+
+/// For tests on real hosts: `FERRY_FAULT=<point>=<cut|fail|crash>` plants one fault; docs/handshake.md lists the points.
+fn planted_fault() -> Result<Arc<dyn Faults>> {
+    let Ok(text) = std::env::var("FERRY_FAULT") else { return Ok(Arc::new(NoFaults)) };
+    let (point, fault) = text.split_once('=').context("FERRY_FAULT is <point>=<cut|fail|crash>")?;
+    let fault = match fault {
+        "cut" => Fault::Cut,
+        "fail" => Fault::Fail,
+        "crash" => Fault::Crash,
+        other => bail!("FERRY_FAULT: {other} is none of cut, fail, crash"),
+    };
+    tracing::warn!("a fault is planted at {point}: {fault:?}");
+    Ok(Arc::new(Planted { point: point.into(), fault, fired: Mutex::new(false) }))
+}
+
+struct Planted {
+    point: String,
+    fault: Fault,
+    fired: Mutex<bool>,
+}
+
+impl Faults for Planted {
+    fn at(&self, point: &str) -> Option<Fault> {
+        let mut fired = self.fired.lock().unwrap_or_else(PoisonError::into_inner);
+        if *fired || point != self.point {
+            return None;
+        }
+        *fired = true;
+        tracing::warn!("planted fault at {point}: {:?}", self.fault);
+        if self.fault == Fault::Crash {
+            // As kill -9 would: nothing is flushed, nobody is told.
+            std::process::abort();
+        }
+        Some(self.fault)
+    }
+}

@@ -1,0 +1,356 @@
+//! The real service domain, put together from pv-backend and xenstore-client for the engine.
+
+use hypervisor::{DomId, GtPortKind, Hypervisor};
+use migrate::guest::{Device, GuestKind, Identity, Offer};
+use migrate::toolstack::{Description, Luggage, StoreNode, Toolstack};
+use migrate::{Doing, Result, Trouble};
+use pv_backend::console::Hold;
+use pv_backend::device::Inventory;
+use pv_backend::dom0::Dom0;
+use pv_backend::records::{self, Node, Records};
+use pv_backend::source::{Limits, Snapshot};
+use pv_backend::store::Store;
+use pv_backend::{announce, console, destination, device, source};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use xenstore_client::migration::Notify;
+use xenstore_client::{Access, Client, Errno, Nodes, Perm};
+
+/// A frame that is lost does no harm if the announcement comes again after this.
+const ANNOUNCE_AGAIN: Duration = Duration::from_millis(100);
+
+/// dom0 of this host.
+pub struct ServiceDomain {
+    hypervisor: Arc<dyn Hypervisor>,
+    machine: Dom0,
+    limits: Limits,
+    /// What a roll-back needs, one file for each guest that is frozen.
+    undo: PathBuf,
+    holds: Mutex<BTreeMap<u16, Hold>>,
+}
+
+impl std::fmt::Debug for ServiceDomain {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServiceDomain").field("undo", &self.undo).finish_non_exhaustive()
+    }
+}
+
+/// What travels in an offer for the destination's [`ServiceDomain`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Details {
+    inventory: Inventory,
+}
+
+fn inventory(details: &serde_json::Value) -> Result<Inventory> {
+    let details: Details = serde_json::from_value(details.clone()).doing("read what the guest's devices are")?;
+    Ok(details.inventory)
+}
+
+fn store() -> Result<Client> {
+    Client::open().doing("")
+}
+
+impl ServiceDomain {
+    /// `state` is the daemon's folder.
+    pub fn new(hypervisor: Arc<dyn Hypervisor>, state: &Path) -> Result<ServiceDomain> {
+        let undo = state.join("undo");
+        std::fs::create_dir_all(&undo)?;
+        Ok(ServiceDomain { hypervisor, machine: Dom0, limits: Limits::default(), undo, holds: Mutex::default() })
+    }
+
+    /// The domain that an operator means by a name or a number.
+    pub fn find(which: &str) -> Result<DomId> {
+        let mut store = store()?;
+        let guests = store.list("/local/domain").doing("list domains")?.unwrap_or_default();
+        let named = guests.iter().filter_map(|id| id.parse::<u16>().ok()).find(|id| {
+            let name = store.text(&format!("/local/domain/{id}/name"));
+            name.is_ok_and(|name| name.as_deref() == Some(which))
+        });
+        let number = which.parse::<u16>().ok().filter(|id| guests.iter().any(|g| *g == id.to_string()));
+        match named.or(number) {
+            Some(0) => Err(Trouble::new("dom0 itself can't move")),
+            Some(id) => Ok(DomId(id)),
+            None => Err(Trouble::new("there is no such domain").todo("`xl list` shows those that there are")),
+        }
+    }
+
+    fn undo_file(&self, guest: &Description) -> PathBuf {
+        self.undo.join(guest.identity.uuid.to_string())
+    }
+
+    fn holds(&self) -> std::sync::MutexGuard<'_, BTreeMap<u16, Hold>> {
+        self.holds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_undo(&self, guest: &Description, snapshot: &Snapshot) -> Result<()> {
+        let mut file = File::create(self.undo_file(guest))?;
+        file.write_all(&serde_json::to_vec(snapshot)?)?;
+        file.sync_all()?;
+        File::open(&self.undo)?.sync_all()?;
+        Ok(())
+    }
+}
+
+/// An operation of the store's that may have been done by an attempt before this one.
+fn unless_done(result: xenstore_client::Result<()>, done: Errno) -> Result<()> {
+    match result {
+        Err(error) if error.errno() == Some(done) => Ok(()),
+        other => other.doing(""),
+    }
+}
+
+impl Toolstack for ServiceDomain {
+    fn describe(&self, dom: DomId) -> Result<Description> {
+        let mut store = store()?;
+        if store.ferry_features().doing("ask xenstored what it can do")?.is_empty() {
+            return Err(Trouble::new("this host's xenstored can't carry a guest's connection").todo(
+                "let Ferry's take over: `xenstore-control live-update -f /usr/sbin/ferry-xenstored`; `ferry host check` tells more",
+            ));
+        }
+        let info = self.hypervisor.domain_info(dom)?;
+        let home = format!("/local/domain/{dom}");
+        let name = store.text(&format!("{home}/name")).doing("read its name")?.unwrap_or_else(|| dom.to_string());
+        let kind = match store.text(&format!("/libxl/{dom}/type")).doing("read its type")?.as_deref() {
+            Some("pvh") => GuestKind::Pvh,
+            Some("hvm") => GuestKind::Hvm,
+            other => {
+                let what = other.unwrap_or("unknown to libxl");
+                return Err(Trouble::new(format!(
+                    "its type is {what}; only HVM and PVH guests can move transparently"
+                )));
+            }
+        };
+        let inventory = device::discover(&mut store, dom.0).doing("find its devices")?;
+        let mut refused = inventory.refused.clone();
+        refused.extend(device::judge_channels(&*self.hypervisor, &inventory).doing("look who is connected with it")?);
+        if !refused.is_empty() {
+            let list: Vec<String> = refused.iter().map(ToString::to_string).collect();
+            return Err(Trouble::new(list.join("; ")));
+        }
+        let devices = inventory.devices.iter().map(|d| Device {
+            class: d.class.name().into(),
+            devid: d.devid,
+            backend_domid: 0,
+            frontend: d.frontend.clone(),
+            backend: d.backend.clone(),
+            frontend_state: d.frontend_state.parse().unwrap_or(0),
+            backend_state: d.backend_state.parse().unwrap_or(0),
+            needs: ["bridge", "mac", "params", "sectors", "sector-size", "mode", "script"]
+                .into_iter()
+                .filter_map(|key| Some((key.to_owned(), d.node(key)?.to_owned())))
+                .collect(),
+        });
+        Ok(Description {
+            identity: Identity { domid: dom, uuid: info.uuid, name, kind },
+            devices: devices.collect(),
+            details: serde_json::to_value(Details { inventory })?,
+        })
+    }
+
+    fn freeze(&self, guest: &Description) -> Result<()> {
+        let inventory = inventory(&guest.details)?;
+        let mut store = store()?;
+        let snapshot = source::snapshot(&mut store, &inventory).doing("remember the devices' nodes")?;
+        self.write_undo(guest, &snapshot).doing("write what a roll-back needs")?;
+        if let Some(console) = &inventory.console
+            && let Some(hold) = console::hold(console).doing("hold the console")?
+        {
+            self.holds().insert(guest.identity.domid.0, hold);
+        }
+        unless_done(store.freeze_domain(guest.identity.domid.0), Errno::EBUSY)
+    }
+
+    fn detach(&self, guest: &Description) -> Result<()> {
+        let inventory = inventory(&guest.details)?;
+        let released = source::release(&self.machine, &*self.hypervisor, &inventory, &self.limits).doing("")?;
+        tracing::info!("backends released: {released:?}");
+        Ok(())
+    }
+
+    fn pack(&self, guest: &Description) -> Result<Luggage> {
+        let domid = guest.identity.domid.0;
+        let mut store = store()?;
+        let home = format!("/local/domain/{domid}");
+        let stream = store.export_domain(domid, &[&home]).doing("export its part of the store")?;
+        let uuid = guest.identity.uuid.to_string();
+        let books =
+            records::capture(&mut store, domid, &uuid, Path::new(records::USERDATA)).doing("read libxl's records")?;
+        Ok(Luggage {
+            store: stream,
+            nodes: books
+                .nodes
+                .into_iter()
+                .map(|n| StoreNode { path: n.path, value: n.value, perms: n.permissions })
+                .collect(),
+            userdata: books.userdata,
+        })
+    }
+
+    fn unfreeze(&self, guest: &Description) -> Result<()> {
+        let file = self.undo_file(guest);
+        // Nothing is touched before this file is whole on disk.
+        let snapshot: Option<Snapshot> = std::fs::read(&file).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        if let Some(snapshot) = snapshot {
+            let inventory = inventory(&guest.details)?;
+            let mut store = store()?;
+            source::rollback(&self.machine, &mut store, &*self.hypervisor, &inventory, &snapshot, &self.limits)
+                .doing("")?;
+            let prefixes = source::event_prefixes(&inventory);
+            let prefixes: Vec<&str> = prefixes.iter().map(String::as_str).collect();
+            unless_done(store.thaw_domain(guest.identity.domid.0, &prefixes), Errno::EINVAL)?;
+        }
+        self.holds().remove(&guest.identity.domid.0);
+        match std::fs::remove_file(file) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn forget(&self, guest: &Description) -> Result<()> {
+        let domid = guest.identity.domid.0;
+        let inventory = inventory(&guest.details)?;
+        let mut store = store()?;
+        self.holds().remove(&domid);
+        source::retire(&self.machine, &mut store, &inventory.devices, &self.limits).doing("clear its devices away")?;
+        // xenstored sees by itself that the domain is gone, but perhaps not before the nodes are removed.
+        unless_done(store.release(domid), Errno::ENOENT).or_else(|error| {
+            tracing::debug!("release domain {domid}: {error}");
+            Ok::<(), Trouble>(())
+        })?;
+        let uuid = guest.identity.uuid.to_string();
+        records::remove(&mut store, domid, &uuid, Path::new(records::USERDATA)).doing("remove its records")?;
+        records::quarantine(domid, Path::new(records::RUN)).doing("")?;
+        match std::fs::remove_file(self.undo_file(guest)) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn fits(&self, offer: &Offer) -> Vec<String> {
+        let mut why = Vec::new();
+        let mut store = match store() {
+            Ok(store) => store,
+            Err(error) => return vec![error.to_string()],
+        };
+        match store.ferry_features() {
+            Ok(features) if !features.is_empty() => {}
+            Ok(_) => why.push(
+                "the destination's xenstored can't carry a guest's connection; let Ferry's take over \
+                 (`xenstore-control live-update -f /usr/sbin/ferry-xenstored` there)"
+                    .into(),
+            ),
+            Err(error) => why.push(format!("the destination's xenstored: {error}")),
+        }
+        let guests = store.list("/local/domain").ok().flatten().unwrap_or_default();
+        for id in guests {
+            let name = store.text(&format!("/local/domain/{id}/name")).ok().flatten();
+            if name.as_deref() == Some(&offer.identity.name) {
+                why.push(format!("the name {} is taken on the destination by domain {id}", offer.identity.name));
+            }
+        }
+        match inventory(&offer.toolstack) {
+            Ok(inventory) => {
+                why.extend(destination::check(&self.machine, &inventory.devices).iter().map(ToString::to_string));
+            }
+            Err(error) => why.push(error.to_string()),
+        }
+        why
+    }
+
+    fn prepare(&self, offer: &Offer) -> Result<()> {
+        let inventory = inventory(&offer.toolstack)?;
+        let mut store = store()?;
+        let domid = offer.identity.domid.0;
+        let home = format!("/local/domain/{domid}");
+        store.mkdir(&home).doing("make its part of the store")?;
+        let perms = [Perm::new(Access::NONE, 0), Perm::new(Access::READ, domid)];
+        store.set_perms(&home, &perms).doing("make its part of the store")?;
+        // Hotplug scripts look for these.
+        for (key, value) in [("name", offer.identity.name.clone()), ("vm", format!("/vm/{}", offer.identity.uuid))] {
+            Nodes::write(&mut store, &format!("{home}/{key}"), value).doing("make its part of the store")?;
+        }
+        destination::prepare(&self.machine, &mut store, &inventory.devices, &self.limits).doing("")
+    }
+
+    fn unpack(&self, offer: &Offer, luggage: &Luggage) -> Result<()> {
+        let domid = offer.identity.domid.0;
+        let mut store = store()?;
+        store.import_domain(domid, &luggage.store, Notify::Nobody).doing("import its part of the store")?;
+        let books = Records {
+            nodes: luggage
+                .nodes
+                .iter()
+                .map(|n| Node { path: n.path.clone(), value: n.value.clone(), permissions: n.perms.clone() })
+                .collect(),
+            userdata: luggage.userdata.clone(),
+        };
+        let uuid = offer.identity.uuid.to_string();
+        records::install(&mut store, domid, &uuid, &books, Path::new(records::USERDATA)).doing("write libxl's records")
+    }
+
+    fn go(&self, offer: &Offer, _luggage: &Luggage) -> Result<()> {
+        let inventory = inventory(&offer.toolstack)?;
+        let domid = offer.identity.domid.0;
+        let mut store = store()?;
+        destination::connect(&self.machine, &mut store, &inventory.devices, &self.limits).doing("")?;
+        if let Some(port) = inventory.store_port
+            && !store.is_introduced(domid).doing("")?
+        {
+            store.attach_domain(domid, port).doing("connect xenstored with the guest")?;
+        }
+        self.wait_console(&inventory)
+    }
+
+    fn announce(&self, offer: &Offer) -> Result<()> {
+        let inventory = inventory(&offer.toolstack)?;
+        announce::announce(&self.machine, &inventory.devices).doing("")?;
+        let (machine, devices) = (self.machine, inventory.devices);
+        std::thread::Builder::new().name("announce".into()).spawn(move || {
+            std::thread::sleep(ANNOUNCE_AGAIN);
+            if let Err(error) = announce::announce(&machine, &devices) {
+                tracing::warn!("second announcement: {error}");
+            }
+        })?;
+        Ok(())
+    }
+
+    fn discard(&self, offer: &Offer) -> Result<()> {
+        let inventory = inventory(&offer.toolstack)?;
+        let domid = offer.identity.domid.0;
+        let mut store = store()?;
+        destination::abort(&self.machine, &mut store, &inventory.devices, &self.limits).doing("")?;
+        if self.hypervisor.domain_info(offer.identity.domid).is_ok() {
+            source::wait_drained(&self.machine, &*self.hypervisor, &inventory, self.limits.rollback_drain)
+                .doing("let the backends finish")?;
+        }
+        unless_done(store.abort_import(domid), Errno::ENOENT)?;
+        if store.is_introduced(domid).doing("")? {
+            store.release(domid).doing("disconnect xenstored from the shell")?;
+        }
+        let uuid = offer.identity.uuid.to_string();
+        records::remove(&mut store, domid, &uuid, Path::new(records::USERDATA)).doing("remove its records")
+    }
+}
+
+impl ServiceDomain {
+    /// xenconsoled connects by itself when the guest is introduced. The guest does not need it to run, so only a little patience.
+    fn wait_console(&self, inventory: &Inventory) -> Result<()> {
+        let Some(console) = &inventory.console else { return Ok(()) };
+        for _ in 0..20 {
+            let gt = self.hypervisor.gt_state(DomId(inventory.domid))?;
+            let connected =
+                |p: &&hypervisor::GtPort| p.port == console.port && matches!(p.kind, GtPortKind::Interdomain { .. });
+            if gt.ports.iter().any(|p| connected(&p)) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        tracing::warn!("domain {}: xenconsoled has not taken the console yet", inventory.domid);
+        Ok(())
+    }
+}
