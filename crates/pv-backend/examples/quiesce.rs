@@ -1,29 +1,34 @@
 //! Pauses a domain, makes its backends let go, proves it, gives them back, resumes: what the source does when a migration
-//! is called off. Prints what was found and what it took as JSON.
+//! is called off. With `rebuild` it gives them back as a destination does: both areas are made afresh, the backends
+//! prepared, and connected. Prints what was found and what it took as JSON.
 //!
-//! `quiesce DOMID [TIMES [MILLISECONDS-BETWEEN]]` in dom0.
+//! `quiesce DOMID [TIMES [MILLISECONDS-BETWEEN]] [rebuild]` in dom0.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use hypervisor::{DomId, Hypervisor};
+use pv_backend::announce::announce;
 use pv_backend::device::{discover, judge_channels};
 use pv_backend::dom0::Dom0;
 use pv_backend::source::{Limits, release, rollback, snapshot};
-use pv_backend::{console, drain, records};
+use pv_backend::store::Store;
+use pv_backend::{console, destination, drain, records};
 use serde_json::json;
 
 fn main() -> ExitCode {
     let arguments: Vec<u64> = std::env::args().skip(1).filter_map(|text| text.parse().ok()).collect();
     let Some(&domid) = arguments.first() else {
-        eprintln!("usage: quiesce DOMID [TIMES [MILLISECONDS-BETWEEN]]");
+        eprintln!("usage: quiesce DOMID [TIMES [MILLISECONDS-BETWEEN]] [rebuild]");
         return ExitCode::from(2);
     };
     let times = arguments.get(1).copied().unwrap_or(1);
     let between = Duration::from_millis(arguments.get(2).copied().unwrap_or(1000));
+    let rebuild = std::env::args().any(|text| text == "rebuild");
     for _ in 0..times {
-        if let Err(error) = once(domid as u16) {
+        if let Err(error) = once(domid as u16, rebuild) {
             eprintln!("quiesce: domain {domid}: {error}");
             return ExitCode::FAILURE;
         }
@@ -32,7 +37,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn once(domid: u16) -> Result<(), Box<dyn std::error::Error>> {
+fn once(domid: u16, rebuild: bool) -> Result<(), Box<dyn std::error::Error>> {
     let hypervisor = xen_host::XenHost::open()?;
     let mut store = xenstore_client::Client::open()?;
     let machine = Dom0;
@@ -48,12 +53,48 @@ fn once(domid: u16) -> Result<(), Box<dyn std::error::Error>> {
     let refused = judge_channels(&hypervisor, &found)?;
     let before = drain::left(&hypervisor, &found)?;
     let fetched = console::wait_output(&machine, &hypervisor, domid, Duration::from_millis(200))?;
-    let saved = snapshot(&mut store, &found)?;
+    let saved = snapshot(&machine, &mut store, &found)?;
     let released = release(&machine, &hypervisor, &found, &limits);
     let released_after = start.elapsed();
-    let back = rollback(&machine, &mut store, &hypervisor, &found, &saved, &limits);
+    let mut prepared_after = released_after;
+    let back = if rebuild && released.is_ok() {
+        let misfits = destination::check(&machine, &found.devices);
+        let prepared = destination::prepare(&machine, &mut store, &found.devices, &limits);
+        // The guest's own nodes, which a destination imports.
+        for device in &found.devices {
+            for (name, value) in saved.areas.get(&device.frontend).into_iter().flatten() {
+                if !name.is_empty() && name != "state" {
+                    Store::write(&mut store, &format!("{}/{name}", device.frontend), value)?;
+                }
+            }
+        }
+        prepared_after = start.elapsed();
+        if misfits.is_empty() {
+            prepared.and_then(|()| destination::connect(&machine, &mut store, &found.devices, &limits))
+        } else {
+            Err(pv_backend::Error::Misfit(misfits))
+        }
+    } else {
+        rollback(&machine, &mut store, &hypervisor, &found, &saved, &limits)
+    };
     let back_after = start.elapsed();
-    let same = snapshot(&mut store, &found)? == saved;
+    if rebuild {
+        announce(&machine, &found.devices)?;
+    }
+    let now = snapshot(&machine, &mut store, &found)?;
+    let differing: Vec<_> = saved
+        .areas
+        .iter()
+        .flat_map(|(area, nodes)| {
+            let present = now.areas.get(area);
+            let names: BTreeSet<_> = nodes.keys().chain(present.into_iter().flat_map(|nodes| nodes.keys())).collect();
+            names.into_iter().filter_map(move |name| {
+                let (old, new) = (nodes.get(name), present.and_then(|nodes| nodes.get(name)));
+                let text = |value: Option<&Vec<u8>>| value.map(|value| String::from_utf8_lossy(value).into_owned());
+                (old != new).then(|| format!("{area}/{name}: {:?} is now {:?}", text(old), text(new)))
+            })
+        })
+        .collect();
     drop(hold);
     hypervisor.unpause(DomId(domid))?;
     println!(
@@ -68,8 +109,9 @@ fn once(domid: u16) -> Result<(), Box<dyn std::error::Error>> {
             "release_ms": released.as_ref().ok().map(|r| ms(r.total)),
             "discover_ms": ms(found_after),
             "until_released_ms": ms(released_after),
-            "rollback_ms": ms(back_after - released_after),
-            "nodes_as_before": same,
+            "prepare_ms": ms(prepared_after - released_after),
+            "back_ms": ms(back_after - prepared_after),
+            "nodes_that_differ": differing,
             "libxl_nodes": books.nodes.len(),
             "userdata": books.userdata.iter().map(|(name, text)| format!("{name} {} bytes", text.len())).collect::<Vec<_>>(),
         })

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::machine::{BlockDevice, Machine, Script};
+use crate::announce::parse_mac;
+use crate::machine::{BlockDevice, BridgePort, Machine, Script};
 
 /// Bytes of a script's output that go into an error.
 const OUTPUT_MAX: u64 = 4096;
@@ -16,6 +17,38 @@ const OUTPUT_MAX: u64 = 4096;
 /// This machine.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Dom0;
+
+/// Adds a port to a bridge; the device's index is in the request (linux/sockios.h; the libc crate has none).
+const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+/// Flags that are an operator's to set: up, no ARP, multicast, all multicast. Promiscuous mode is the bridge's doing.
+const SETTABLE_FLAGS: u16 = (libc::IFF_UP | libc::IFF_NOARP | libc::IFF_MULTICAST | libc::IFF_ALLMULTI) as u16;
+
+/// A network device's folder in sysfs; `None` for a name that is none.
+fn net(device: &str) -> Option<PathBuf> {
+    let good =
+        !device.is_empty() && device.len() < libc::IFNAMSIZ && !device.contains('/') && !device.starts_with("..");
+    good.then(|| PathBuf::from("/sys/class/net").join(device))
+}
+
+/// An ioctl on a network device with a `struct ifreq`.
+fn request(
+    socket: &OwnedFd,
+    number: libc::c_ulong,
+    device: &str,
+    fill: impl FnOnce(&mut libc::__c_anonymous_ifr_ifru),
+) -> io::Result<()> {
+    // SAFETY: struct ifreq is plain data, for which all zeroes are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The name stays ended by NUL: one octet is never written.
+    let room = libc::IFNAMSIZ - 1;
+    for (to, from) in request.ifr_name[..room].iter_mut().zip(device.bytes()) {
+        *to = from as libc::c_char;
+    }
+    fill(&mut request.ifr_ifru);
+    // SAFETY: the descriptor is a socket, and these requests read and write no more than the struct ifreq pointed to.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), number, &raw mut request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
 
 fn driver_path(driver: &str, file: &str) -> PathBuf {
     PathBuf::from(format!("/sys/bus/xen-backend/drivers/{driver}/{file}"))
@@ -48,6 +81,44 @@ impl Machine for Dom0 {
 
     fn is_bridge(&self, name: &str) -> bool {
         !name.contains('/') && PathBuf::from(format!("/sys/class/net/{name}/bridge")).is_dir()
+    }
+
+    fn bridge_port(&self, device: &str) -> Option<BridgePort> {
+        let base = net(device)?;
+        let text = |name: &str| fs::read_to_string(base.join(name)).ok().map(|text| text.trim().to_owned());
+        let flags = u32::from_str_radix(text("flags")?.trim_start_matches("0x"), 16).ok()?;
+        Some(BridgePort {
+            bridge: fs::read_link(base.join("master")).ok()?.file_name()?.to_str()?.to_owned(),
+            address: parse_mac(&text("address")?)?,
+            mtu: text("mtu")?.parse().ok()?,
+            flags: flags as u16 & SETTABLE_FLAGS,
+        })
+    }
+
+    fn join_bridge(&self, device: &str, port: &BridgePort) -> io::Result<()> {
+        let index = |name: &str| -> io::Result<i32> {
+            let base = net(name).ok_or(io::ErrorKind::InvalidInput)?;
+            let text = fs::read_to_string(base.join("ifindex"))?;
+            text.trim().parse().map_err(|_| io::ErrorKind::InvalidData.into())
+        };
+        let device_index = index(device)?;
+        let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+        let hardware = libc::sockaddr {
+            sa_family: libc::ARPHRD_ETHER,
+            sa_data: {
+                let mut data = [0; 14];
+                for (to, from) in data.iter_mut().zip(port.address) {
+                    *to = from as libc::c_char;
+                }
+                data
+            },
+        };
+        request(&socket, libc::SIOCSIFHWADDR, device, |u| u.ifru_hwaddr = hardware)?;
+        request(&socket, libc::SIOCSIFMTU, device, |u| u.ifru_mtu = port.mtu as i32)?;
+        let joined = request(&socket, SIOCBRADDIF, &port.bridge, |u| u.ifru_ifindex = device_index);
+        // Already in it: a repeated rollback.
+        joined.or_else(|error| if error.raw_os_error() == Some(libc::EBUSY) { Ok(()) } else { Err(error) })?;
+        request(&socket, libc::SIOCSIFFLAGS, device, |u| u.ifru_flags = port.flags as i16)
     }
 
     fn block_device(&self, path: &str) -> io::Result<BlockDevice> {

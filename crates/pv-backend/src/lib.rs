@@ -3,6 +3,7 @@
 //!
 //! * [`device`] finds the guest's PV devices in the store and refuses what cannot move, by name and with the reason.
 //! * [`drain`] judges, from event channels and grant table, whether every backend has let go.
+//! * [`frozen`] is the store in memory, for reading within the blackout.
 //! * [`source`] unbinds, waits for the drain, and binds again on a rollback.
 //! * [`destination`] makes the backends ready before the blackout and connects them in it.
 //! * [`console`] holds back what is typed while the guest is away.
@@ -26,6 +27,7 @@ pub mod device;
 pub mod dom0;
 pub mod drain;
 mod error;
+pub mod frozen;
 pub mod machine;
 pub mod records;
 pub mod source;

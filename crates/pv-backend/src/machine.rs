@@ -3,6 +3,8 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 /// A block device of this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockDevice {
@@ -20,6 +22,19 @@ pub struct BlockDevice {
     pub write_back: bool,
     /// Opening it for writing would fail.
     pub read_only: bool,
+}
+
+/// How a vif's network device in dom0 is set up as a port of a bridge.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BridgePort {
+    /// The bridge.
+    pub bridge: String,
+    /// The device's own MAC address.
+    pub address: [u8; 6],
+    /// Its MTU in bytes.
+    pub mtu: u32,
+    /// Its `IFF_*` flags as they were set, those that the kernel adds left out.
+    pub flags: u16,
 }
 
 /// A hotplug script to be run.
@@ -49,6 +64,10 @@ pub trait Machine: Sync {
     fn is_program(&self, path: &str) -> bool;
     /// Whether there is such a bridge.
     fn is_bridge(&self, name: &str) -> bool;
+    /// How a network device is set up, if it is a port of a bridge.
+    fn bridge_port(&self, device: &str) -> Option<BridgePort>;
+    /// Sets a network device up that way, and makes it a port of that bridge.
+    fn join_bridge(&self, device: &str, port: &BridgePort) -> io::Result<()>;
     /// What kind of block device is at this path.
     fn block_device(&self, path: &str) -> io::Result<BlockDevice>;
     /// A parameter of a module of dom0's kernel, "xen_blkback", "max_queues". `None` if there is none.

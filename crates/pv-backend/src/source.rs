@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::{Class, Device, Inventory};
 use crate::drain::{self, Channels};
 use crate::error::{Error, Result, all};
-use crate::machine::{Machine, Script};
+use crate::machine::{BridgePort, Machine, Script};
 use crate::store::{Store, restore};
 
 /// How long things may take.
@@ -59,33 +59,26 @@ impl Patience {
 pub struct Snapshot {
     /// By area, then by relative path.
     pub areas: BTreeMap<String, BTreeMap<String, Vec<u8>>>,
+    /// Vifs' network devices that are in a bridge, by the device's name on the bus of backends.
+    pub ports: BTreeMap<String, BridgePort>,
 }
 
-/// Takes the snapshot. netback's unbind deletes nodes, so before it.
-pub fn snapshot(store: &mut dyn Store, inventory: &Inventory) -> Result<Snapshot> {
+/// How the vifs' network devices are set up now.
+fn bridge_ports(machine: &dyn Machine, inventory: &Inventory) -> BTreeMap<String, BridgePort> {
+    let vifs = inventory.devices.iter().filter(|device| device.class == Class::Vif);
+    vifs.filter_map(|device| Some((device.bus_id(), machine.bridge_port(&device.netdev())?))).collect()
+}
+
+/// Takes the snapshot; within the blackout, from a [`crate::frozen::Frozen`]. netback's unbind deletes nodes and the network
+/// device, so before it.
+pub fn snapshot(machine: &dyn Machine, store: &mut dyn Store, inventory: &Inventory) -> Result<Snapshot> {
     let mut areas = BTreeMap::new();
     for device in &inventory.devices {
         for area in [&device.frontend, &device.backend] {
             areas.insert(area.clone(), store.tree(area)?);
         }
     }
-    Ok(Snapshot { areas })
-}
-
-/// The same from nodes that are known already, by absolute path: those of a frozen store's export. Costs no round trip, so it
-/// is the one for the blackout.
-pub fn snapshot_of(nodes: &BTreeMap<String, Vec<u8>>, inventory: &Inventory) -> Snapshot {
-    let areas = inventory.devices.iter().flat_map(|device| [&device.frontend, &device.backend]);
-    let areas = areas.map(|area| {
-        let below = format!("{area}/");
-        let inside = nodes.range(area.clone()..).take_while(|(path, _)| path.starts_with(area.as_str()));
-        let relative = inside.filter_map(|(path, value)| {
-            let relative = if path == area { "" } else { path.strip_prefix(&below)? };
-            Some((relative.to_owned(), value.clone()))
-        });
-        (area.clone(), relative.collect())
-    });
-    Snapshot { areas: areas.collect() }
+    Ok(Snapshot { areas, ports: bridge_ports(machine, inventory) })
 }
 
 /// What the release cost.
@@ -213,15 +206,30 @@ pub fn rollback(
             action: "bind",
             source,
         })?;
-        match device.class {
-            Class::Vif => run(machine, device, "online", limits),
+        match (device.class, snapshot.ports.get(&device.bus_id())) {
+            // What the script would do again, at a fraction of its time. Firewall rules name the device and are still there. A
+            // device that is to be renamed, and one that is not in a bridge, is the script's.
+            (Class::Vif, Some(port)) if device.node("vifname").is_none() => {
+                machine.join_bridge(&device.netdev(), port).map_err(|source| Error::Machine {
+                    what: format!("{}: put {} back into the bridge {}", device.bus_id(), device.netdev(), port.bridge),
+                    source,
+                })
+            }
+            (Class::Vif, _) => run(machine, device, "online", limits),
             // physical-device is still there.
-            Class::Vbd => Ok(()),
+            (Class::Vbd, _) => Ok(()),
         }
     })
     .into_iter()
     .filter_map(Result::err)
     .collect();
+    // netback goes to state 4 when it reads this; the script writes it, and we do where no script ran.
+    for device in free.iter().filter(|device| device.class == Class::Vif) {
+        let path = format!("{}/hotplug-status", device.backend);
+        if device.connected() && store.text(&path)?.is_none() {
+            store.write(&path, b"connected")?;
+        }
+    }
     if let Err(error) = wait_states(machine, store, &inventory.devices, limits.connect) {
         errors.push(error);
     }

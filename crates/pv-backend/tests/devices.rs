@@ -13,11 +13,14 @@ use pv_backend::announce::announce;
 use pv_backend::destination::{check, connect, prepare};
 use pv_backend::device::{Class, Inventory, discover, judge_channels};
 use pv_backend::drain::{Channels, Grant};
-use pv_backend::source::{Limits, release, retire, rollback, snapshot, snapshot_of};
+use pv_backend::frozen::Frozen;
+use pv_backend::machine::BridgePort;
+use pv_backend::source::{Limits, release, retire, rollback, snapshot};
 use pv_backend::store::Store;
 use pv_backend::{Error, Refusal, Result, records};
 
 const DOM: u16 = 7;
+const UUID: &str = "f8de82cf-3383-42a4-886c-aa87ce0f19fb";
 
 fn found(host: &Host) -> Inventory {
     discover(&mut host.store(), DOM).unwrap()
@@ -177,15 +180,14 @@ fn a_release_waits_for_the_proof_and_a_rollback_leaves_no_trace() {
     host.state.lock().unwrap().nodes.get_mut("/local/domain/0/backend/vbd/7/51712/feature-discard").unwrap().0 =
         b"0".to_vec();
     let found = found(&host);
-    let saved = snapshot(&mut host.store(), &found).unwrap();
-    let all = host
-        .store()
-        .tree("/local")
-        .unwrap()
-        .into_iter()
-        .map(|(path, value)| (format!("/local/{path}"), value))
-        .collect();
-    assert_eq!(snapshot_of(&all, &found), saved);
+    let saved = snapshot(&host, &mut host.store(), &found).unwrap();
+    let mut frozen = Frozen::from_stream(&host.export()).unwrap();
+    assert_eq!(discover(&mut frozen, DOM).unwrap(), found);
+    assert_eq!(snapshot(&host, &mut frozen, &found).unwrap(), saved);
+    let nowhere = tempfile::tempdir().unwrap();
+    let books = |store: &mut dyn Store| records::capture(store, DOM, UUID, nowhere.path()).unwrap();
+    assert_eq!(books(&mut frozen), books(&mut host.store()));
+    assert!(frozen.write("/local/domain/7/name", b"x").is_err());
     let guest = Guest::drains_after(40);
     let released = release(&host, &Counting(&guest), &found, &Limits::default()).unwrap();
     assert!(guest.drained() && released.total > Duration::from_millis(1), "{released:?}");
@@ -196,7 +198,7 @@ fn a_release_waits_for_the_proof_and_a_rollback_leaves_no_trace() {
     rollback(&host, &mut host.store(), &Counting(&guest), &found, &saved, &Limits::default()).unwrap();
     assert_eq!(host.state.lock().unwrap().bound.len(), 2);
     // The fake's blkback changed one node and added one.
-    assert_eq!(snapshot(&mut host.store(), &found).unwrap(), saved);
+    assert_eq!(snapshot(&host, &mut host.store(), &found).unwrap(), saved);
     assert!(
         host.state
             .lock()
@@ -204,6 +206,17 @@ fn a_release_waits_for_the_proof_and_a_rollback_leaves_no_trace() {
             .calls
             .contains(&"/etc/xen/scripts/vif-bridge online type_if=vif for /local/domain/0/backend/vif/7/0".to_owned())
     );
+    // A vif that was in a bridge goes back without the script.
+    let port = BridgePort { bridge: "xenbr0".into(), address: [0xfe; 6], mtu: 1500, flags: 1 };
+    host.state.lock().unwrap().bridge_ports.insert("vif7.0".into(), port.clone());
+    let with_port = snapshot(&host, &mut host.store(), &found).unwrap();
+    assert_eq!(with_port.ports, [("vif-7-0".to_owned(), port)].into());
+    release(&host, &Counting(&guest), &found, &Limits::default()).unwrap();
+    host.state.lock().unwrap().calls.clear();
+    rollback(&host, &mut host.store(), &Counting(&guest), &found, &with_port, &Limits::default()).unwrap();
+    assert_eq!(snapshot(&host, &mut host.store(), &found).unwrap(), with_port);
+    let calls = host.state.lock().unwrap().calls.join("\n");
+    assert!(calls.contains("join vif7.0 xenbr0") && !calls.contains("vif-bridge"), "{calls}");
     // And once more does no harm.
     rollback(&host, &mut host.store(), &Counting(&guest), &found, &saved, &Limits::default()).unwrap();
 }
@@ -222,7 +235,7 @@ fn a_backend_that_does_not_let_go_is_named_at_the_time_limit() {
          (grant references 8, 600)"
     );
     // Nothing is bound again while requests may be out.
-    let saved = snapshot(&mut host.store(), &found).unwrap();
+    let saved = snapshot(&host, &mut host.store(), &found).unwrap();
     let error = rollback(&host, &mut host.store(), &Counting(&guest), &found, &saved, &Limits::default()).unwrap_err();
     assert!(matches!(error, Error::NotDrained { .. }), "{error}");
     assert!(host.state.lock().unwrap().bound.is_empty());
@@ -233,7 +246,7 @@ fn a_rollback_goes_on_after_a_device_that_fails_and_names_it() {
     let host = Host::new();
     with_guest(&host, DOM);
     let found = found(&host);
-    let saved = snapshot(&mut host.store(), &found).unwrap();
+    let saved = snapshot(&host, &mut host.store(), &found).unwrap();
     let guest = Guest::drains_after(1);
     release(&host, &Counting(&guest), &found, &Limits::default()).unwrap();
     host.state.lock().unwrap().bind_fails.insert("vif-7-0".into());
@@ -358,7 +371,7 @@ fn failures_on_the_destination_are_named_and_taken_back() {
 
 #[test]
 fn libxls_books_are_copied_and_foreign_paths_refused() {
-    let uuid = "f8de82cf-3383-42a4-886c-aa87ce0f19fb";
+    let uuid = UUID;
     let source = Host::new();
     with_guest(&source, DOM);
     let (there, here) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());

@@ -8,10 +8,11 @@ use std::io;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use pv_backend::machine::{BlockDevice, Machine, Script};
+use pv_backend::machine::{BlockDevice, BridgePort, Machine, Script};
 use pv_backend::store::Store;
 use pv_backend::{Error, Result};
 use xenstore_client::{Access, Perm};
+use xenstore_wire::stream::{Format, Record, TxAccess, write_all};
 
 #[derive(Default)]
 pub struct State {
@@ -25,6 +26,7 @@ pub struct State {
     pub bind_fails: BTreeSet<String>,
     pub disks: BTreeMap<String, BlockDevice>,
     pub bridges: BTreeSet<String>,
+    pub bridge_ports: BTreeMap<String, BridgePort>,
     pub frames: Vec<(String, Vec<u8>)>,
     pub max_queues: u32,
     pub script_fails: bool,
@@ -51,6 +53,24 @@ impl Host {
 
     pub fn put(&self, path: &str, value: &str) {
         self.store().write(path, value.as_bytes()).unwrap();
+    }
+
+    /// The whole store as a daemon exports it.
+    pub fn export(&self) -> Vec<u8> {
+        let state = self.state.lock().unwrap();
+        let nodes: Vec<Record> = state
+            .nodes
+            .iter()
+            .map(|(path, (value, perms))| Record::Node {
+                conn_id: 0,
+                tx_id: 0,
+                access: TxAccess::default(),
+                perms: perms.clone(),
+                path: path.clone().into_bytes(),
+                value: value.clone(),
+            })
+            .collect();
+        write_all(Format::V2, &nodes).unwrap()
     }
 
     /// What dom0's kernel does after a change of the store.
@@ -250,6 +270,17 @@ impl Machine for Host {
 
     fn is_bridge(&self, name: &str) -> bool {
         self.state.lock().unwrap().bridges.contains(name)
+    }
+
+    fn bridge_port(&self, device: &str) -> Option<BridgePort> {
+        self.state.lock().unwrap().bridge_ports.get(device).cloned()
+    }
+
+    fn join_bridge(&self, device: &str, port: &BridgePort) -> io::Result<()> {
+        let mut state = self.state.lock().unwrap();
+        state.calls.push(format!("join {device} {}", port.bridge));
+        state.bridge_ports.insert(device.to_owned(), port.clone());
+        Ok(())
     }
 
     fn block_device(&self, path: &str) -> io::Result<BlockDevice> {
