@@ -155,7 +155,7 @@ impl Toolstack for ServiceDomain {
     fn freeze(&self, guest: &Description) -> Result<()> {
         let inventory = inventory(&guest.details)?;
         let mut store = store()?;
-        let snapshot = source::snapshot(&mut store, &inventory).doing("remember the devices' nodes")?;
+        let snapshot = source::snapshot(&self.machine, &mut store, &inventory).doing("remember the devices' nodes")?;
         self.write_undo(guest, &snapshot).doing("write what a roll-back needs")?;
         if let Some(console) = &inventory.console
             && let Some(hold) = console::hold(console).doing("hold the console")?
