@@ -45,6 +45,8 @@ pub struct Options {
     pub keep: bool,
     /// How long to wait for another lab's end.
     pub wait: Option<Duration>,
+    /// The run is ended after this long, or after the scenario's own limit if that is shorter.
+    pub time_limit: Duration,
 }
 
 /// Reads a scenario.
@@ -56,7 +58,7 @@ pub fn load(file: &Path) -> Result<Scenario> {
 /// Runs a scenario. An error means that it could not be run; a run that failed is a report.
 pub fn run(options: &Options) -> Result<(Scenario, RunReport)> {
     let scenario = load(&options.scenario)?;
-    process::end_cleanly(Some(scenario.time_limit.0))?;
+    process::end_cleanly(Some(scenario.time_limit.0.min(options.time_limit)))?;
     let assets = Assets::prepare()?;
     let _lock = Lock::take(options.wait)?;
     let name = options.scenario.file_stem().map_or_else(|| "run".into(), |s| s.to_string_lossy().into_owned());

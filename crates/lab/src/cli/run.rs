@@ -37,6 +37,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         run_dir: options.common.run_dir.clone(),
         keep: options.keep,
         wait: options.common.wait(),
+        time_limit: options.common.time_limit(),
     };
     let (scenario, report) = run::run(&what)?;
     print!("{}", report.text(&scenario.expect));

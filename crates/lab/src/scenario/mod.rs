@@ -62,6 +62,9 @@ pub struct Host {
     pub xen_options: String,
     #[serde(default)]
     pub xenstored: Xenstored,
+    /// Programs of this project, built for dom0, that are put into its PATH.
+    #[serde(default)]
+    pub programs: Vec<String>,
     /// So many domain ids are used up before the first step, so that the next free one differs from the other host's.
     #[serde(default)]
     pub used_domids: u16,

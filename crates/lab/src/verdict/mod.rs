@@ -215,12 +215,13 @@ pub fn tcp_silence(view: &GuestView, entry: &Move) -> Option<Duration> {
     view.tcp_stream.longest_within(entry.began, ended + AFTERMATH).map(|s| s.length())
 }
 
-/// The largest gap that the guest saw in its own clock around a move.
+/// The largest gap that the guest saw around a move in any of its clocks (by Monotonic, Boottime or Realtime).
 pub fn clock_gap(entry: &Move) -> Option<Duration> {
     let (window, after) = (entry.window?, entry.after.as_ref()?);
     let gaps = after.body.clocks.gaps.iter();
     let within = gaps.filter(|g| g.at_ns <= window.to_ns && g.at_ns.saturating_add(g.mono_ns) >= window.from_ns);
-    within.map(|g| Duration::from_nanos(g.mono_ns)).max()
+    let longest = |g: &witness::report::Gap| g.mono_ns.max(g.boot_ns.unsigned_abs()).max(g.real_ns.unsigned_abs());
+    within.map(|g| Duration::from_nanos(longest(g))).max()
 }
 
 fn outside(seen: &Seen<'_>, leg: &Leg<'_>) -> Outside {

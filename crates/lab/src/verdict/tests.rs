@@ -156,8 +156,8 @@ fn silences_and_gaps_are_those_of_the_move() {
     let mut entry = a_move(1);
     assert_eq!(udp_silence(&view, &entry), Some(s(2)));
     assert_eq!(tcp_silence(&view, &entry), None);
-    let gap = |at, mono| Gap { at_ns: nanos(s(at)), mono_ns: mono, boot_ns: 0, real_ns: 0, tsc: 0 };
-    entry.after.as_mut().unwrap().body.clocks.gaps = vec![gap(5, 9_000_000_000), gap(23, 700), gap(24, 900)];
+    let gap = |at, mono, real| Gap { at_ns: nanos(s(at)), mono_ns: mono, boot_ns: 0, real_ns: real, tsc: 0 };
+    entry.after.as_mut().unwrap().body.clocks.gaps = vec![gap(5, 9_000_000_000, 0), gap(23, 700, 0), gap(24, 10, -900)];
     assert_eq!(clock_gap(&entry), Some(Duration::from_nanos(900)));
 }
 
