@@ -24,14 +24,16 @@ use crate::report::{Anomaly, KernelLine, Noticed, Promise, Snapshot};
 use crate::store_rules::may_change;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fmt::Debug;
+use std::fmt::{Debug, Display};
 
 /// How long after a move its effects may still show.
 pub const SETTLE_NS: u64 = 5_000_000_000;
 /// Gap beyond blackout and calm that is put down to scheduling.
 pub const GAP_SLACK_NS: u64 = 100_000_000;
 /// Pieces of evidence kept for a promise; the rest is counted.
-pub const MOST_EVIDENCE: usize = 16;
+pub const MOST_EVIDENCE: usize = 24;
+/// Pieces of evidence of one kind that are kept.
+pub const MOST_OF_A_KIND: usize = 4;
 
 /// A time span by the guest's CLOCK_MONOTONIC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,28 +147,28 @@ impl Findings {
     }
 
     /// Compares two lists by key; `skip` says which keys may differ.
-    fn same_list<'a, K: Ord + Debug + 'a, T: PartialEq + Debug + 'a>(
+    fn same_list<'a, K: Ord + Display + 'a, T: 'a>(
         &mut self,
-        promise: Promise,
-        what: &str,
+        (promise, what): (Promise, &str),
         before: impl Iterator<Item = (K, &'a T)>,
         after: impl Iterator<Item = (K, &'a T)>,
         equal: impl Fn(&T, &T) -> bool,
         skip: impl Fn(&K) -> bool,
+        show: impl Fn(&T) -> String,
     ) {
         let before: BTreeMap<K, &T> = before.collect();
         let mut after: BTreeMap<K, &T> = after.collect();
         for (key, b) in before {
             match after.remove(&key) {
                 _ if skip(&key) => {}
-                None => self.add(promise, format!("{what} {key:?} went, was {b:?}")),
-                Some(a) if !equal(b, a) => self.add(promise, format!("{what} {key:?} was {b:?}, is {a:?}")),
+                None => self.add(promise, format!("{what} {key} went, was {}", show(b))),
+                Some(a) if !equal(b, a) => self.add(promise, format!("{what} {key} was {}, is {}", show(b), show(a))),
                 Some(_) => {}
             }
         }
         for (key, a) in after {
             if !skip(&key) {
-                self.add(promise, format!("{what} {key:?} came: {a:?}"));
+                self.add(promise, format!("{what} {key} came: {}", show(a)));
             }
         }
     }
@@ -180,41 +182,12 @@ fn new_lines<'a>(before: &'a Snapshot, after: &'a Snapshot) -> impl Iterator<Ite
 /// Compares two snapshots of one guest. Clocks' gaps and lockup lines are left to [`judge`], which knows when the move was.
 pub fn diff(before: &Snapshot, after: &Snapshot) -> Vec<Finding> {
     let mut f = Findings::default();
-    let (b, a) = (&before.identity, &after.identity);
-    f.same(Promise::T1, "domid in the store", b.domid_store.seen(), a.domid_store.seen());
-    f.same(Promise::T1, "domid by CPUID", b.domid_cpuid.seen(), a.domid_cpuid.seen());
-    f.same(Promise::T1, "uuid by the kernel", b.uuid_kernel.seen(), a.uuid_kernel.seen());
-    f.same(Promise::T1, "uuid in the store", b.uuid_store.seen(), a.uuid_store.seen());
-    f.same(Promise::T1, "name", b.name.seen(), a.name.seen());
-    f.same(Promise::T10, "Xen version", b.xen_version.seen(), a.xen_version.seen());
-    f.same_list(
-        Promise::T10,
-        "CPUID leaf",
-        b.cpuid.iter().map(|c| ((c.leaf, c.sub), c)),
-        a.cpuid.iter().map(|c| ((c.leaf, c.sub), c)),
-        |x, y| x == y,
-        |_| false,
-    );
-    f.same(Promise::T10, "MemTotal", Some(&before.mem_total_kib), Some(&after.mem_total_kib));
-
-    if let (Some(b), Some(a)) = (before.store.seen(), after.store.seen()) {
-        f.same_list(
-            Promise::T2,
-            "store node",
-            b.iter().map(|n| (n.path.as_str(), n)),
-            a.iter().map(|n| (n.path.as_str(), n)),
-            |x, y| x == y,
-            |path| may_change(path).is_some(),
-        );
+    // What tells most comes first: evidence is cut to a length.
+    for line in new_lines(before, after) {
+        if line.class.of_interest() && !line.class.by_starving() {
+            f.add(line.class.promise(), Noticed::KernelLine(line.clone()).to_string());
+        }
     }
-    f.same_list(
-        Promise::T2,
-        "device",
-        before.devices.iter().map(|d| (d.name.as_str(), d)),
-        after.devices.iter().map(|d| (d.name.as_str(), d)),
-        |x, y| x == y,
-        |_| false,
-    );
     for a in after.watches.iter().filter(|w| !w.load) {
         let had = before.watches.iter().find(|w| w.token == a.token).map_or(0, |w| w.events);
         if a.events > had {
@@ -225,24 +198,58 @@ pub fn diff(before: &Snapshot, after: &Snapshot) -> Vec<Finding> {
             );
         }
     }
+    let (b, a) = (&before.identity, &after.identity);
+    f.same(Promise::T1, "domid in the store", b.domid_store.seen(), a.domid_store.seen());
+    f.same(Promise::T1, "domid by CPUID", b.domid_cpuid.seen(), a.domid_cpuid.seen());
+    f.same(Promise::T1, "uuid by the kernel", b.uuid_kernel.seen(), a.uuid_kernel.seen());
+    f.same(Promise::T1, "uuid in the store", b.uuid_store.seen(), a.uuid_store.seen());
+    f.same(Promise::T1, "name", b.name.seen(), a.name.seen());
+    f.same(Promise::T10, "Xen version", b.xen_version.seen(), a.xen_version.seen());
+    f.same_list(
+        (Promise::T10, "CPUID leaf"),
+        b.cpuid.iter().map(|c| (format!("{:#010x}.{}", c.leaf, c.sub), c)),
+        a.cpuid.iter().map(|c| (format!("{:#010x}.{}", c.leaf, c.sub), c)),
+        |x, y| x == y,
+        |_| false,
+        |c| format!("{:08x?}", c.out),
+    );
+    f.same(Promise::T10, "MemTotal", Some(&before.mem_total_kib), Some(&after.mem_total_kib));
 
+    if let (Some(b), Some(a)) = (before.store.seen(), after.store.seen()) {
+        f.same_list(
+            (Promise::T2, "store node"),
+            b.iter().map(|n| (n.path.as_str(), n)),
+            a.iter().map(|n| (n.path.as_str(), n)),
+            |x, y| x == y,
+            |path| may_change(path).is_some(),
+            |n| format!("\"{}\" [{}]", n.value, n.perms),
+        );
+    }
+    f.same_list(
+        (Promise::T2, "device"),
+        before.devices.iter().map(|d| (d.name.as_str(), d)),
+        after.devices.iter().map(|d| (d.name.as_str(), d)),
+        |x, y| x == y,
+        |_| false,
+        |d| format!("{} by {}", d.state, d.driver),
+    );
     if let (Some(b), Some(a)) = (before.ports.seen(), after.ports.seen()) {
         f.same_list(
-            Promise::T4,
-            "port",
+            (Promise::T4, "port"),
             b.iter().map(|p| (p.port, p)),
             a.iter().map(|p| (p.port, p)),
             |x, y| (x.status, x.vcpu, x.remote_dom, x.irq) == (y.status, y.vcpu, y.remote_dom, y.irq),
             |_| false,
+            ToString::to_string,
         );
     }
     f.same_list(
-        Promise::T4,
-        "interrupt line",
-        before.interrupts.iter().map(|i| ((i.irq.as_str(), i.name.as_str()), i)),
-        after.interrupts.iter().map(|i| ((i.irq.as_str(), i.name.as_str()), i)),
+        (Promise::T4, "interrupt line"),
+        before.interrupts.iter().map(|i| (format!("{} {}", i.irq, i.name), i)),
+        after.interrupts.iter().map(|i| (format!("{} {}", i.irq, i.name), i)),
         |_, _| true,
         |_| false,
+        |i| format!("counted {}", i.count),
     );
     for (b, a) in before
         .interrupts
@@ -265,12 +272,12 @@ pub fn diff(before: &Snapshot, after: &Snapshot) -> Vec<Finding> {
     }
     if let (Some(b), Some(a)) = (before.hvm_params.seen(), after.hvm_params.seen()) {
         f.same_list(
-            Promise::T6,
-            "HVM parameter",
+            (Promise::T6, "HVM parameter"),
             b.iter().map(|p| (p.index, p)),
             a.iter().map(|p| (p.index, p)),
             |x, y| x == y,
             |_| false,
+            |p| format!("{:#x}", p.value),
         );
     }
     if let (Some(b), Some(a)) = (before.runstates.seen(), after.runstates.seen()) {
@@ -294,12 +301,12 @@ pub fn diff(before: &Snapshot, after: &Snapshot) -> Vec<Finding> {
     f.same(Promise::T7, "clock source", Some(&b.clocksource), Some(&a.clocksource));
 
     f.same_list(
-        Promise::T9,
-        "link",
+        (Promise::T9, "link"),
         before.links.iter().map(|l| (l.dev.as_str(), l)),
         after.links.iter().map(|l| (l.dev.as_str(), l)),
         |x, y| x == y,
         |_| false,
+        |l| format!("{} {} MTU {}, {} carrier changes", l.state, l.mac, l.mtu, l.carrier_changes),
     );
 
     let (b, a) = (&before.counters, &after.counters);
@@ -314,11 +321,6 @@ pub fn diff(before: &Snapshot, after: &Snapshot) -> Vec<Finding> {
     ] {
         if a > b {
             f.add(promise, format!("{what}: {}", a - b));
-        }
-    }
-    for line in new_lines(before, after) {
-        if line.class.of_interest() && !line.class.by_starving() {
-            f.add(line.class.promise(), Noticed::KernelLine(line.clone()).to_string());
         }
     }
     f.0
@@ -421,6 +423,26 @@ pub fn sort_stalls<'a>(
     }
 }
 
+/// Keeps the first few pieces of evidence of each kind, and counts the rest. Evidence of one kind begins with the same
+/// two words, the time put aside.
+fn shorten(evidence: &mut Vec<String>) {
+    let kind_of = |text: &str| {
+        let timeless = text.strip_prefix("at ").and_then(|t| t.split_once(": ")).map_or(text, |(_, rest)| rest);
+        timeless.split(' ').take(2).collect::<Vec<_>>().join(" ")
+    };
+    let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
+    let all = evidence.len();
+    evidence.retain(|e| {
+        let n = kinds.entry(kind_of(e)).or_default();
+        *n += 1;
+        *n <= MOST_OF_A_KIND
+    });
+    evidence.truncate(MOST_EVIDENCE);
+    if all > evidence.len() {
+        evidence.push(format!("and {} more like these", all - evidence.len()));
+    }
+}
+
 /// The verdict on each promise, in order.
 pub fn judge(e: &Evidence<'_>) -> Vec<Verdict> {
     let mut broken: BTreeMap<Promise, Vec<String>> = BTreeMap::new();
@@ -477,17 +499,13 @@ pub fn judge(e: &Evidence<'_>) -> Vec<Verdict> {
         .map(|promise| {
             let mut evidence = broken.remove(&promise).unwrap_or_default();
             evidence.dedup();
+            shorten(&mut evidence);
             let done = exercised(promise, e);
             let outcome = match (&evidence[..], &done) {
                 ([_, ..], _) => Outcome::Fail,
                 ([], Ok(_)) => Outcome::Pass,
                 ([], Err(_)) => Outcome::NotExercised,
             };
-            if evidence.len() > MOST_EVIDENCE {
-                let more = evidence.len() - MOST_EVIDENCE;
-                evidence.truncate(MOST_EVIDENCE);
-                evidence.push(format!("and {more} more"));
-            }
             evidence.push(done.unwrap_or_else(|missing| missing));
             evidence.extend(noted.remove(&promise).unwrap_or_default().into_iter().take(MOST_EVIDENCE));
             Verdict { promise, outcome, evidence }
@@ -803,6 +821,20 @@ mod tests {
         after.clocks.gaps = vec![gap];
         assert_eq!(failed(&verdicts(&after, &[], Some(WINDOW))), [Promise::T7]);
         assert_eq!(failed(&verdicts(&after, &[], None)), []);
+    }
+
+    #[test]
+    fn much_evidence_of_one_kind_does_not_hide_another() {
+        let mut after = later();
+        if let Item::Seen(n) = &mut after.store {
+            n.extend((0..50).map(|i| node(&format!("/local/domain/5/x{i}"), "")));
+        }
+        after.kernel_log.lines = vec![line(16, LineClass::Suspend, "Freezing user space processes")];
+        let v = verdicts(&after, &[], Some(WINDOW));
+        let told: Vec<&str> = v[1].evidence.iter().map(String::as_str).collect();
+        assert!(told[0].contains("Freezing"), "{told:?}");
+        assert_eq!(told[1], "store node /local/domain/5/x0 came: \"\" [n5]");
+        assert_eq!(told[5], "and 46 more like these");
     }
 
     #[test]

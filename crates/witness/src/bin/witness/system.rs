@@ -168,8 +168,9 @@ pub fn cpuid_leaves() -> Vec<CpuidLeaf> {
         // EAX: flags; EBX: TSC mode; ECX: frequency; EDX: incarnation.
         leaves.push(cpuid(base + 3, 0));
         let mut l = cpuid(base + 4, 0);
-        // EBX: the reader's vCPU id.
+        // EBX: the reader's vCPU id; ECX: the domid, which is reported by itself.
         l.out[1] = 0;
+        l.out[2] = 0;
         leaves.push(l);
     }
     leaves
