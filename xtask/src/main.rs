@@ -50,6 +50,15 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
+    /// Time something against its stock counterpart.
+    Bench {
+        /// What: `xenstored`
+        #[arg(value_parser = ["xenstored"])]
+        what: String,
+        /// Arguments for it (`--help` lists them)
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Build, then run `ferry-lab` with the given arguments.
     #[command(disable_help_flag = true)]
     Lab {
@@ -68,12 +77,26 @@ fn main() -> ExitCode {
         }
         Task::Demo => lab(&["run".into(), DEMO.into()]),
         Task::Test { quick } => checks::run(quick).map(|()| ExitCode::SUCCESS),
+        Task::Bench { what, arguments } => bench(&what, &arguments),
         Task::Lab { arguments } => lab(&arguments),
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");
         ExitCode::from(1)
     })
+}
+
+/// Builds a bench with optimisation and runs it.
+fn bench(what: &str, arguments: &[OsString]) -> Result<ExitCode> {
+    let program = format!("{what}-bench");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let build = Command::new(&cargo).args(["build", "--release", "-p", "xenstore-trial", "--bins"]).status()?;
+    if !build.success() {
+        bail!("cargo could not build {program}");
+    }
+    let run = ["run", "--release", "-q", "-p", "xenstore-trial", "--bin", &program, "--"];
+    let status = Command::new(&cargo).args(run).args(arguments).status().with_context(|| format!("run {program}"))?;
+    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
 /// Runs `ferry-lab` with its exit code passed on.

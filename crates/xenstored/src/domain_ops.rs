@@ -288,14 +288,13 @@ impl Store {
         let now = self.generation;
         let Some(n) = self.tree.get(p) else { return };
         let cost = crate::store::node_cost(p, n) as i64;
-        let mut perms = self.settled(&n.perms, n.stamp).to_vec();
+        let mut perms = self.settled(&n.perms, n.generation).to_vec();
         if let Some(first) = perms.first_mut() {
             first.domid = to;
         }
         let Some(n) = self.tree.get_mut(p) else { return };
         n.perms = perms.into();
         n.generation = now;
-        n.stamp = now;
         self.count_node(domid, -1);
         self.count_node(to, 1);
         let _ = self.charge(domid, -cost, false);

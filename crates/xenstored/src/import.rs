@@ -9,11 +9,11 @@ use crate::conn::{ConnId, Connection, Export, Frozen};
 use crate::domain_ops::domid_arg;
 use crate::host::Host;
 use crate::live_update::buffered;
-use crate::node::{Name, Node, Tree, owner};
+use crate::node::{Name, Node, PermList, Tree, owner};
 use crate::quota::Quotas;
-use crate::store::{Answer, Caller, Store, node_cost, ok, tx_cost};
+use crate::store::{Answer, Caller, ShownGeneration, Store, node_cost, ok, tx_cost};
 use crate::tx::{Accessed, Changed, NO_GENERATION, State, Transaction};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 use tracing::{info, warn};
 use xenstore_wire::stream::{ConnSpec, DEPTH_UNLIMITED, Format, Record, TxAccess, Writer, read_all, write_all};
@@ -190,7 +190,7 @@ pub(crate) fn restore_transactions(s: &mut Store, id: ConnId, txs: &TxRecords, s
                 // No node ever has this one.
                 (_, false) => 0,
             };
-            let perms: Rc<[Perm]> = n.perms.clone().into();
+            let perms: PermList = n.perms.clone().into();
             let state = match (n.access.written, n.perms.is_empty(), n.access.read) {
                 (false, _, true) => State::Unchanged,
                 (false, _, false) => State::Deleted,
@@ -368,7 +368,7 @@ impl Store {
             frozen.snapshot.walk(prefix, &mut |p, n| {
                 if seen.insert(p.to_vec()) {
                     records.push(self.node_record(p, n));
-                    records.push(Record::NodeMeta { generation: n.generation, flags: 0 });
+                    records.push(Record::NodeMeta { generation: self.shown_generation(p, n), flags: 0 });
                 }
             });
         }
@@ -448,13 +448,13 @@ impl Store {
             }
         }
         let nodes = plan.nodes.len();
-        let applied = self.apply_nodes(c, plan, notify, host);
+        let applied = self.apply_nodes(c, domid, plan, notify, host);
         info!(domid, nodes, watches = applied.watches.len(), "imported");
         self.imports.insert(domid, Import { data: Vec::new(), applied: Some(applied) });
         ok()
     }
 
-    fn apply_nodes(&mut self, c: &Caller, plan: ImportPlan, notify: bool, host: &mut dyn Host) -> Applied {
+    fn apply_nodes(&mut self, c: &Caller, domid: u16, plan: ImportPlan, notify: bool, host: &mut dyn Host) -> Applied {
         let mut undo = Vec::new();
         let mut txs = plan.txs;
         txs.imported = Some(plan.nodes.iter().map(|n| n.path.clone()).collect());
@@ -470,41 +470,48 @@ impl Store {
             }
             for m in missing.into_iter().rev() {
                 undo.push((m.clone(), None));
-                self.put_node(&m, self.inherited(&m), &[], None);
+                self.put_node(&m, self.inherited(&m), &[]);
             }
             undo.push((n.path.clone(), self.tree.get(&n.path).cloned()));
             let mut perms = n.perms;
             for q in &mut perms {
                 q.stale |= !self.know_domain(q.domid, host);
             }
-            self.put_node(&n.path, perms.into(), &n.value, n.generation);
+            self.put_node(&n.path, perms.into(), &n.value);
             if notify {
                 self.fire(Some(c), &n.path, None, false, None, host.now_ms());
             }
         }
-        // Only now: a child that comes counts as a change of its parent.
-        for (p, generation) in generations {
-            if let Some(n) = self.tree.get_mut(&p) {
-                n.generation = generation;
-            }
+        // Only now: a child that comes counts as a change of its parent. Generations of here stay beyond those of there,
+        // so that a number never stands for two states of a node.
+        let highest = generations.iter().map(|(_, g)| *g).max().unwrap_or(0);
+        self.generation = self.generation.max(highest);
+        let shown: HashMap<Vec<u8>, ShownGeneration> = generations
+            .into_iter()
+            .filter_map(|(p, shown)| {
+                let local = self.tree.get(&p)?.generation;
+                Some((p, ShownGeneration { local, shown }))
+            })
+            .collect();
+        if let Some(d) = self.domains.get_mut(&domid) {
+            d.shown_generations = shown;
         }
         Applied { undo, notify, conn: plan.conn, watches: plan.watches, txs, quotas: plan.quotas }
     }
 
     /// Permissions that a node made by dom0 gets from its parent.
-    fn inherited(&self, p: &[u8]) -> Rc<[Perm]> {
+    fn inherited(&self, p: &[u8]) -> PermList {
         match self.tree.get(path::parent(p)) {
-            Some(n) => self.settled(&n.perms, n.stamp),
+            Some(n) => self.settled(&n.perms, n.generation),
             None => self.default_perms.clone(),
         }
     }
 
     /// Makes or replaces a node as it is given; its children stay. It becomes the last of its parent's children, so that
     /// nodes put one after the other stand in that order.
-    fn put_node(&mut self, p: &[u8], perms: Rc<[Perm]>, value: &[u8], generation: Option<u64>) {
+    fn put_node(&mut self, p: &[u8], perms: PermList, value: &[u8]) {
         self.generation += 1;
         let now = self.generation;
-        self.generation = now.max(generation.unwrap_or(0));
         if let Some(n) = self.tree.get(p) {
             let (own, cost) = (n.owner(), node_cost(p, n) as i64);
             let _ = self.charge(own, -cost, false);
@@ -516,8 +523,6 @@ impl Store {
             None => Node::new(now, perms),
         };
         n.value = value.into();
-        n.generation = generation.unwrap_or(now);
-        n.stamp = self.generation;
         let cost = node_cost(p, &n) as i64;
         if p == b"/" {
             if let Some(root) = self.tree.get_mut(p) {
@@ -529,17 +534,16 @@ impl Store {
             if let Some(parent) = self.tree.get_mut(path::parent(p)) {
                 let before = parent.children.bytes() as i64;
                 parent.children.remove(leaf);
-                parent.children.insert(Name::from(leaf), Rc::new(n));
+                parent.children.insert(self.names.get(leaf), Rc::new(n));
                 grown = parent.children.bytes() as i64 - before;
                 parent_owner = parent.owner();
                 if grown != 0 {
                     let perms = parent.perms.clone();
-                    let stamp = parent.stamp;
+                    let stamp = parent.generation;
                     let settled = self.settled(&perms, stamp);
                     if let Some(parent) = self.tree.get_mut(path::parent(p)) {
                         parent.perms = settled;
                         parent.generation = self.generation;
-                        parent.stamp = self.generation;
                     }
                 }
             }
@@ -560,7 +564,7 @@ impl Store {
                     }
                 }
                 Some(n) => {
-                    self.put_node(&p, n.perms.clone(), &n.value, None);
+                    self.put_node(&p, n.perms.clone(), &n.value);
                     if a.notify {
                         self.fire(None, &p, None, false, None, host.now_ms());
                     }

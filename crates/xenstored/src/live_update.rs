@@ -10,7 +10,7 @@
 use crate::conn::{ConnId, Connection, Outgoing, Peer};
 use crate::host::{Host, HostCommand};
 use crate::import::{TxRecords, restore_transactions, transaction_records_in};
-use crate::node::{Name, Node, owner};
+use crate::node::{Node, PermList, owner};
 use crate::store::{Answer, Caller, Domain, Options, Store, ok};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -289,7 +289,7 @@ impl Store {
             conn_id: 0,
             tx_id: 0,
             access: TxAccess::default(),
-            perms: self.settled(&n.perms, n.stamp).to_vec(),
+            perms: self.settled(&n.perms, n.generation).to_vec(),
             path: p.to_vec(),
             value: n.value.to_vec(),
         }
@@ -403,7 +403,7 @@ impl Store {
         Ok((s, out, host))
     }
 
-    fn restore_node(&mut self, p: &[u8], perms: Rc<[xenstore_wire::Perm]>, value: Vec<u8>) -> Result<(), String> {
+    fn restore_node(&mut self, p: &[u8], perms: PermList, value: Vec<u8>) -> Result<(), String> {
         match p {
             b"@releaseDomain" => self.release_perms = perms,
             b"@introduceDomain" => self.introduce_perms = perms,
@@ -432,7 +432,7 @@ impl Store {
                     .tree
                     .get_mut(xenstore_wire::path::parent(p))
                     .ok_or_else(|| format!("node {} comes before its parent", shown()))?;
-                let name = Name::from(xenstore_wire::path::leaf(p));
+                let name = self.names.get(xenstore_wire::path::leaf(p));
                 if parent.children.get(&name).is_some() {
                     return Err(format!("node {} comes twice", shown()));
                 }

@@ -2,7 +2,7 @@
 
 use crate::conn::Peer;
 use crate::host::Host;
-use crate::node::{Name, Node, owner};
+use crate::node::{Node, PermList, Value, owner};
 use crate::quota::node_size;
 use crate::store::{Answer, Caller, Found, Rights, Store, node_cost, ok, tx_cost};
 use crate::tx::{Accessed, Changed, NO_GENERATION, State, Transaction};
@@ -90,7 +90,7 @@ impl Store {
             },
             None => match self.tree.get(path) {
                 Some(n) if n.children.bytes() > max => Err(Errno::E2BIG),
-                Some(n) => Ok((payload::join(n.children.iter().map(|(n, _)| n)), n.generation)),
+                Some(n) => Ok((n.children.names(), self.shown_generation(path, n))),
                 None => Err(Errno::EIO),
             },
         }
@@ -209,7 +209,7 @@ impl Store {
         tx: &mut Tx,
         path: &[u8],
         value: Option<&[u8]>,
-        perms: Option<Rc<[Perm]>>,
+        perms: Option<PermList>,
         host: &mut dyn Host,
     ) -> Result<(), Errno> {
         self.generation += 1;
@@ -218,7 +218,8 @@ impl Store {
             None => {
                 self.debit_direct(c, host);
                 let n = self.tree.get(path).ok_or(Errno::EIO)?;
-                let perms = self.settled(perms.as_ref().unwrap_or(&n.perms), n.stamp.max(perms_stamp(&perms, now)));
+                let perms =
+                    self.settled(perms.as_ref().unwrap_or(&n.perms), n.generation.max(perms_stamp(&perms, now)));
                 let value_len = value.map_or(n.value.len(), <[u8]>::len);
                 let size = node_size(perms.len(), value_len, n.children.bytes());
                 if !c.privileged && size >= self.quotas(c.domid).node_size as usize {
@@ -237,7 +238,6 @@ impl Store {
                 }
                 n.perms = perms;
                 n.generation = now;
-                n.stamp = now;
             }
             Some(t) => {
                 let a = self.join(c, t, path)?;
@@ -309,15 +309,7 @@ impl Store {
         let top = at;
         let Some(parent) = parent.take() else { return Err(Errno::EIO) };
         let perms = self.settled(&parent.perms, parent.stamp);
-        let perms: Rc<[Perm]> = if c.privileged {
-            perms
-        } else {
-            let mut v = perms.to_vec();
-            if let Some(p) = v.first_mut() {
-                *p = Perm { domid: c.domid, stale: false, ..*p };
-            }
-            v.into()
-        };
+        let perms: PermList = if c.privileged { perms } else { self.owned_by(perms, c.domid) };
         if let Some(t) = tx {
             t.created = true;
         }
@@ -352,9 +344,9 @@ impl Store {
                     self.generation += 1;
                     let now = self.generation;
                     let a = self.join(c, t, p)?;
-                    let added = i.checked_sub(1).and_then(|j| missing.get(j)).map(|q| Name::from(path::leaf(q)));
+                    let added = i.checked_sub(1).and_then(|j| missing.get(j)).map(|q| self.names.get(path::leaf(q)));
                     a.state = State::Present(Box::new(Changed {
-                        value: if i == 0 { value.into() } else { Box::default() },
+                        value: if i == 0 { value.into() } else { Value::default() },
                         perms: perms.clone(),
                         stamp: now,
                         fresh: true,
@@ -365,7 +357,7 @@ impl Store {
                 }
                 self.generation += 1;
                 let now = self.generation;
-                let child = Name::from(path::leaf(missing.last().copied().unwrap_or(path)));
+                let child = self.names.get(path::leaf(missing.last().copied().unwrap_or(path)));
                 let a = self.join(c, t, top)?;
                 let change = a.change().ok_or(Errno::EIO)?;
                 change.stamp = now;
@@ -379,12 +371,12 @@ impl Store {
         &mut self,
         missing: &[&[u8]],
         top: &[u8],
-        perms: Rc<[Perm]>,
+        perms: PermList,
         value: &[u8],
         limit: usize,
     ) -> Result<(), Errno> {
         let deepest = missing.first().copied().unwrap_or(top);
-        let child = Name::from(path::leaf(missing.last().copied().unwrap_or(top)));
+        let child = self.names.get(path::leaf(missing.last().copied().unwrap_or(top)));
         let parent = self.tree.get(top).ok_or(Errno::EIO)?;
         let parent_size = node_size(parent.perms.len(), parent.value.len(), parent.children.bytes() + child.len() + 1);
         if parent_size >= limit {
@@ -393,7 +385,7 @@ impl Store {
         let (parent_owner, grown) = (parent.owner(), child.len() as i64 + 1);
         let own = owner(&perms);
         let mut cost = 0;
-        let mut node: Option<(Name, Rc<Node>)> = None;
+        let mut node: Option<(crate::node::Name, Rc<Node>)> = None;
         for p in missing {
             self.generation += 1;
             let mut n = Node::new(self.generation, perms.clone());
@@ -404,7 +396,7 @@ impl Store {
                 n.children.insert(name, child);
             }
             cost += node_cost(p, &n) as i64;
-            node = Some((Name::from(path::leaf(p)), Rc::new(n)));
+            node = Some((self.names.get(path::leaf(p)), Rc::new(n)));
         }
         if self.charge(own, cost, true).is_err() {
             return Err(Errno::EIO);
@@ -417,14 +409,13 @@ impl Store {
         self.generation += 1;
         let now = self.generation;
         let parent = self.tree.get(top).ok_or(Errno::EIO)?;
-        let settled = self.settled(&parent.perms, parent.stamp);
+        let settled = self.settled(&parent.perms, parent.generation);
         let parent = self.tree.get_mut(top).ok_or(Errno::EIO)?;
         if let Some((name, n)) = node {
             parent.children.insert(name, n);
         }
         parent.perms = settled;
         parent.generation = now;
-        parent.stamp = now;
         Ok(())
     }
 
@@ -460,8 +451,8 @@ impl Store {
     pub(crate) fn remove_node(&mut self, c: Option<&Caller>, path: &[u8], tell: bool, host: &mut dyn Host) {
         let parent_path = path::parent(path);
         let Some(parent) = self.tree.get(parent_path) else { return };
-        let parent_perms = self.settled(&parent.perms, parent.stamp);
-        let found = Found { perms: parent.perms.clone(), stamp: parent.stamp };
+        let parent_perms = self.settled(&parent.perms, parent.generation);
+        let found = Found { perms: parent.perms.clone(), stamp: parent.generation };
         let mut gone: Vec<(Vec<u8>, Found, Found)> = Vec::new();
         if let Some(n) = self.tree.get(path) {
             list_below(&mut path.to_vec(), n, &found, &mut gone);
@@ -479,7 +470,6 @@ impl Store {
         parent.children.remove(leaf);
         parent.perms = parent_perms;
         parent.generation = now;
-        parent.stamp = now;
         let parent_owner = parent.owner();
         let _ = self.charge(parent_owner, -(leaf.len() as i64 + 1), false);
         for (own, cost) in costs {
@@ -497,7 +487,8 @@ impl Store {
         let mut order = Vec::new();
         while let Some(p) = todo.pop() {
             if self.find(c, tx, &p)?.is_none() {
-                continue;
+                // Somebody removed it since its parent joined the transaction, which has lost by that.
+                return Err(Errno::EIO);
             }
             if let Some(a) = tx.as_ref().and_then(|t| t.nodes.get(&p[..])) {
                 todo.extend(a.children().iter().rev().map(|n| path::join(&p, n)));
@@ -538,7 +529,7 @@ impl Store {
         if perms.first().is_some_and(|p| p.stale) {
             return Err(Errno::ENOENT);
         }
-        let perms: Rc<[Perm]> = perms.into();
+        let perms: PermList = perms.into();
         if first.first() == Some(&b'@') {
             let current = match first {
                 b"@releaseDomain" => self.release_perms.clone(),
@@ -759,7 +750,6 @@ impl Store {
             n.value = std::mem::take(&mut change.value);
             n.perms = perms.clone();
             n.generation = now;
-            n.stamp = now;
             for r in &change.removed {
                 n.children.remove(r);
             }
@@ -785,11 +775,11 @@ struct Fire {
     path: Rc<[u8]>,
     exact: bool,
     /// Permissions before the transaction.
-    old: Option<Rc<[Perm]>>,
+    old: Option<PermList>,
 }
 
 /// New permissions are for the domains of now; kept ones are as old as their node.
-fn perms_stamp(new: &Option<Rc<[Perm]>>, now: u64) -> u64 {
+fn perms_stamp(new: &Option<PermList>, now: u64) -> u64 {
     if new.is_some() { now } else { 0 }
 }
 
@@ -802,7 +792,7 @@ fn mark_fire(t: &mut Transaction, path: &[u8], exact: bool) {
 
 /// A node and all below with their permissions and their parents', children before parents.
 fn list_below(path: &mut Vec<u8>, node: &Rc<Node>, parent: &Found, out: &mut Vec<(Vec<u8>, Found, Found)>) {
-    let f = Found { perms: node.perms.clone(), stamp: node.stamp };
+    let f = Found { perms: node.perms.clone(), stamp: node.generation };
     let len = path.len();
     for (name, child) in node.children.iter() {
         path.push(b'/');

@@ -5,7 +5,7 @@ use crate::conn::{ConnId, Connection, HeldEvent, Outgoing, Peer, RequestId};
 use crate::host::Host;
 use crate::import::Import;
 use crate::live_update::LiveUpdate;
-use crate::node::{Node, Tree, owner};
+use crate::node::{Names, Node, PermList, Tree, owner};
 use crate::quota::{Quotas, SOFT_MEMORY, node_size};
 use crate::rate::{Credit, Limiter};
 use crate::tx::{Accessed, NO_GENERATION, State, Transaction};
@@ -63,12 +63,23 @@ pub struct Domain {
     pub memory: i64,
     /// Quotas of its own.
     pub quotas: Option<Box<Quotas>>,
+    /// What `DIRECTORY_PART` says of nodes that were imported with the domain, as long as they are unchanged.
+    pub shown_generations: HashMap<Vec<u8>, ShownGeneration>,
     /// Write rate.
     pub credit: Credit,
     /// The soft limit was reported.
     pub soft_reported: bool,
     /// The hard limit was reported.
     pub hard_reported: bool,
+}
+
+/// A node keeps its generation through a migration, as its clients see it; the store counts its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShownGeneration {
+    /// The store's own, by which a change is noticed.
+    pub local: u64,
+    /// The one that is shown.
+    pub shown: u64,
 }
 
 /// A request of a domain that is not finished.
@@ -120,7 +131,7 @@ impl Rights {
 /// A node as a request sees it.
 #[derive(Debug, Clone)]
 pub(crate) struct Found {
-    pub(crate) perms: Rc<[Perm]>,
+    pub(crate) perms: PermList,
     pub(crate) stamp: u64,
 }
 
@@ -152,8 +163,8 @@ pub struct Store {
     pub(crate) requests: HashMap<RequestId, OpenRequest>,
     next_request: RequestId,
     pub(crate) options: Options,
-    pub(crate) release_perms: Rc<[Perm]>,
-    pub(crate) introduce_perms: Rc<[Perm]>,
+    pub(crate) release_perms: PermList,
+    pub(crate) introduce_perms: PermList,
     pub(crate) limiter: Limiter,
     pub(crate) open_transactions: usize,
     pub(crate) live_update: Option<LiveUpdate>,
@@ -162,7 +173,8 @@ pub struct Store {
     woken: Vec<ConnId>,
     /// Requests that had to wait may be served now.
     pub(crate) delayed_ready: bool,
-    pub(crate) default_perms: Rc<[Perm]>,
+    pub(crate) default_perms: PermList,
+    pub(crate) names: Names,
 }
 
 impl Store {
@@ -183,7 +195,7 @@ impl Store {
 
     /// A store with a root only, for a restore.
     pub(crate) fn empty(options: Options) -> Store {
-        let perms: Rc<[Perm]> = Rc::from([Perm::new(Access::NONE, 0)]);
+        let perms: PermList = vec![Perm::new(Access::NONE, 0)].into();
         let mut s = Store {
             tree: Tree::new(perms.clone()),
             generation: 1,
@@ -203,6 +215,7 @@ impl Store {
             woken: Vec::new(),
             delayed_ready: false,
             default_perms: perms,
+            names: Names::default(),
         };
         s.domains.insert(0, Domain::default());
         s
@@ -556,6 +569,24 @@ impl Store {
         Ok(())
     }
 
+    /// A node's generation as clients see it.
+    pub(crate) fn shown_generation(&self, path: &[u8], n: &Node) -> u64 {
+        let imported = self.domains.values().filter_map(|d| d.shown_generations.get(path));
+        imported.filter(|g| g.local == n.generation).map(|g| g.shown).next().unwrap_or(n.generation)
+    }
+
+    /// The same permissions with another owner.
+    pub(crate) fn owned_by(&self, perms: PermList, domid: u16) -> PermList {
+        match perms.first() {
+            Some(p) if p.domid != domid || p.stale => perms
+                .iter()
+                .enumerate()
+                .map(|(i, p)| if i == 0 { Perm { domid, stale: false, ..*p } } else { *p })
+                .collect(),
+            _ => perms,
+        }
+    }
+
     pub(crate) fn count_node(&mut self, domid: u16, n: i64) {
         if let Some(d) = self.domains.get_mut(&domid) {
             d.nodes += n;
@@ -581,7 +612,7 @@ impl Store {
     }
 
     /// Permissions with those entries marked whose domain is gone (another may have come under its id).
-    pub(crate) fn settled(&self, perms: &Rc<[Perm]>, stamp: u64) -> Rc<[Perm]> {
+    pub(crate) fn settled(&self, perms: &PermList, stamp: u64) -> PermList {
         let stale = |p: &Perm| !p.stale && !self.is_current(p.domid, stamp);
         if !perms.iter().skip(1).any(stale) {
             return perms.clone();
@@ -609,7 +640,7 @@ impl Store {
         path: &[u8],
     ) -> Result<Option<Found>, Errno> {
         match tx {
-            None => Ok(self.tree.get(path).map(|n| Found { perms: n.perms.clone(), stamp: n.stamp })),
+            None => Ok(self.tree.get(path).map(|n| Found { perms: n.perms.clone(), stamp: n.generation })),
             Some(t) => {
                 let a = self.join(c, t, path)?;
                 Ok(a.perms().cloned().map(|perms| Found { perms, stamp: a.stamp() }))
@@ -831,13 +862,13 @@ impl Store {
         let (node, parent) = match node {
             Some((n, p)) => (Some(n), p.cloned()),
             None => {
-                looked_up = self.tree.get(path).map(|n| Found { perms: n.perms.clone(), stamp: n.stamp });
+                looked_up = self.tree.get(path).map(|n| Found { perms: n.perms.clone(), stamp: n.generation });
                 (looked_up.as_ref(), None)
             }
         };
         let parent = parent.or_else(|| {
             let n = self.tree.get(path::parent(path))?;
-            Some(Found { perms: n.perms.clone(), stamp: n.stamp })
+            Some(Found { perms: n.perms.clone(), stamp: n.generation })
         });
         let node = node.cloned();
         let request = by.and_then(|c| c.request);

@@ -3,10 +3,9 @@
 //! Opening one is a counter's increment. A node joins at its first access, as it is then; a commit goes through if every
 //! joined node still is what it was (the rule of the C daemon, `xenstored_transaction.c`).
 
-use crate::node::{Name, Node};
+use crate::node::{Name, Node, PermList, Value};
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
-use xenstore_wire::Perm;
 
 /// Generation of a node that does not exist.
 pub const NO_GENERATION: u64 = u64::MAX;
@@ -26,10 +25,10 @@ pub enum State {
 #[derive(Debug, Clone)]
 pub struct Changed {
     /// New value.
-    pub value: Box<[u8]>,
+    pub value: Value,
     /// New permissions.
-    pub perms: Rc<[Perm]>,
-    /// The daemon's count at the last change, see [`Node::stamp`].
+    pub perms: PermList,
+    /// The store's count at the last change, see [`Node::generation`].
     pub stamp: u64,
     /// Made in the transaction: children of the base don't count.
     pub fresh: bool,
@@ -65,7 +64,7 @@ impl Accessed {
     }
 
     /// Permissions as the transaction sees them.
-    pub fn perms(&self) -> Option<&Rc<[Perm]>> {
+    pub fn perms(&self) -> Option<&PermList> {
         match &self.state {
             State::Unchanged => self.base.as_ref().map(|b| &b.perms),
             State::Deleted => None,
@@ -73,11 +72,11 @@ impl Accessed {
         }
     }
 
-    /// See [`Node::stamp`].
+    /// See [`Node::generation`].
     pub fn stamp(&self) -> u64 {
         match (&self.state, &self.base) {
             (State::Present(c), _) => c.stamp,
-            (_, Some(b)) => b.stamp,
+            (_, Some(b)) => b.generation,
             _ => 0,
         }
     }
@@ -128,7 +127,7 @@ impl Accessed {
             self.state = State::Present(Box::new(Changed {
                 value: b.value.clone(),
                 perms: b.perms.clone(),
-                stamp: b.stamp,
+                stamp: b.generation,
                 fresh: false,
                 added: Vec::new(),
                 removed: HashSet::new(),

@@ -92,10 +92,10 @@ fn nodes_permissions_and_watches_arrive_and_nothing_is_sent() {
     dst.ok(d, Op::Watch, &["@introduceDomain", "i"]);
     dst.events(d);
     let before = nodes(&src, &PREFIXES);
-    let generation = src.store.tree().get(b"/local/domain/5/data").unwrap().generation;
+    let generation = src.ok(s, Op::DirectoryPart, &["/local/domain/5/data", "0"]);
     let n = migrate(&mut src, s, &mut dst, d);
     assert_eq!(nodes(&dst, &PREFIXES), before);
-    assert_eq!(dst.store.tree().get(b"/local/domain/5/data").unwrap().generation, generation);
+    assert_eq!(dst.ok(d, Op::DirectoryPart, &["/local/domain/5/data", "0"]), generation);
     assert_eq!(dst.events(n), [], "no event for what it knows");
     assert_eq!(dst.host.resets, [0u16; 0], "the ring's indexes are the guest's");
     assert_eq!(dst.paths(d), ["@introduceDomain"]);

@@ -244,7 +244,8 @@ impl Daemon {
                 return self.drop_client(id);
             }
         }
-        self.watch_client(id);
+        // At once: what it asked for is there, and nothing has to be watched for then.
+        self.flush(id);
     }
 
     /// Gives bytes to the store as far as it takes them; the rest is kept.
@@ -267,32 +268,48 @@ impl Daemon {
     }
 
     fn flush(&mut self, id: ConnId) {
+        loop {
+            let wrote = match self.write_out(id) {
+                Ok(wrote) => wrote,
+                Err(()) => return self.drop_client(id),
+            };
+            // What waited for room in the queue can go on.
+            let Some(c) = self.clients.get_mut(&id) else { return };
+            if !wrote || c.unread.is_empty() {
+                break;
+            }
+            let bytes = std::mem::take(&mut c.unread);
+            if self.feed(id, &bytes).is_err() {
+                return self.drop_client(id);
+            }
+        }
+        self.watch_client(id);
+    }
+
+    /// Writes as much as the socket takes. Whether it took anything.
+    fn write_out(&mut self, id: ConnId) -> Result<bool, ()> {
         let mut buf = std::mem::take(&mut self.buf);
-        let mut broken = false;
+        let mut done = Ok(false);
         while let Some(c) = self.clients.get(&id) {
             self.store.output(id, WRITE_SIZE, &mut buf);
             if buf.is_empty() {
                 break;
             }
             match (&c.stream).write(&buf) {
-                Ok(n) => self.store.wrote(id, n),
+                Ok(n) => {
+                    self.store.wrote(id, n);
+                    done = Ok(true);
+                }
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
                 Err(_) => {
-                    broken = true;
+                    done = Err(());
                     break;
                 }
             }
         }
         self.buf = buf;
-        if broken {
-            return self.drop_client(id);
-        }
-        // What waited for room in the queue can go on.
-        if self.clients.get(&id).is_some_and(|c| !c.unread.is_empty()) {
-            return self.client_readable(id);
-        }
-        self.watch_client(id);
+        done
     }
 
     /// Adjusts what epoll looks for.

@@ -1,0 +1,356 @@
+//! Times the stock daemon and ours side by side, with a bare echo server beside them: `cargo xtask bench xenstored`.
+//!
+//! One thread drives all clients: it sends one request on each connection, then takes the replies. A latency is that of
+//! one operation from its first byte out to its last byte in; a transaction is start, read, write, commit. Beside them
+//! stands the daemon's own time on a CPU for each operation: with many clients the driver is the bottleneck, and what
+//! counts is how much of the machine the daemon takes.
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use xenstore_trial::FakeXen;
+use xenstore_trial::stock::{Programs, Stock};
+use xenstore_wire::{HEADER_LEN, Header, Message, Op, payload};
+
+#[derive(Debug, Parser)]
+struct Args {
+    /// Sizes of the tree, in nodes
+    #[arg(long, value_delimiter = ',', default_value = "1000,100000,1000000")]
+    nodes: Vec<usize>,
+    /// Numbers of clients
+    #[arg(long, value_delimiter = ',', default_value = "1,32")]
+    clients: Vec<usize>,
+    /// Milliseconds for each row
+    #[arg(long, default_value_t = 500)]
+    time: u64,
+    /// Fail unless ours is at least as fast on every row, takes at most half of the CPU time on those with several
+    /// clients, and no more memory
+    #[arg(long)]
+    check: bool,
+}
+
+/// Children of one node of the tree.
+const FAN: usize = 100;
+
+fn path(i: usize) -> String {
+    format!("/bench/{}/{}/node-{}", i / FAN / FAN, i / FAN % FAN, i % FAN)
+}
+
+struct Client {
+    stream: UnixStream,
+    buf: Vec<u8>,
+    at: usize,
+}
+
+impl Client {
+    fn connect(socket: &Path) -> Result<Client> {
+        Ok(Client { stream: UnixStream::connect(socket)?, buf: Vec::new(), at: 0 })
+    }
+
+    fn send(&mut self, op: Op, tx: u32, body: &[u8]) -> Result<()> {
+        self.stream.write_all(&Message::new(op.to_wire(), 1, tx, body.to_vec()).to_bytes())?;
+        Ok(())
+    }
+
+    /// The next message: type and payload.
+    fn receive(&mut self) -> Result<(u32, Vec<u8>)> {
+        loop {
+            if let Some((h, rest)) = self.buf[self.at..].split_first_chunk::<HEADER_LEN>() {
+                let h = Header::from_bytes(h);
+                if let Some(body) = rest.get(..h.len as usize) {
+                    let body = body.to_vec();
+                    self.at += HEADER_LEN + body.len();
+                    if self.at == self.buf.len() {
+                        self.buf.clear();
+                        self.at = 0;
+                    }
+                    return Ok((h.op, body));
+                }
+            }
+            let mut chunk = [0; 16384];
+            let n = self.stream.read(&mut chunk)?;
+            if n == 0 {
+                bail!("the daemon closed the connection");
+            }
+            self.buf.extend_from_slice(&chunk[..n]);
+        }
+    }
+
+    fn reply(&mut self, op: Op) -> Result<Vec<u8>> {
+        loop {
+            let (got, body) = self.receive()?;
+            if got == op.to_wire() {
+                return Ok(body);
+            }
+            if got != Op::WatchEvent.to_wire() {
+                bail!("{} was refused: {}", op.name(), body.escape_ascii());
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Row {
+    Read,
+    Write,
+    Directory,
+    Transaction,
+    Watch,
+}
+
+struct Figures {
+    median: Duration,
+    p99: Duration,
+    rate: f64,
+    /// The daemon's time on a CPU for each operation.
+    cpu: Duration,
+}
+
+/// Spreads the accesses over the tree.
+struct Places {
+    next: usize,
+    nodes: usize,
+}
+
+impl Places {
+    fn next(&mut self) -> usize {
+        self.next = (self.next + 7919) % self.nodes;
+        self.next
+    }
+}
+
+fn measure(d: &Stock, row: Row, clients: usize, nodes: usize, time: Duration) -> Result<Figures> {
+    let socket = d.socket();
+    let mut c = (0..clients).map(|_| Client::connect(socket)).collect::<Result<Vec<_>>>()?;
+    let mut places = Places { next: 0, nodes };
+    let mut writer = Client::connect(socket)?;
+    if row == Row::Watch {
+        for (i, c) in c.iter_mut().enumerate() {
+            c.send(Op::Watch, 0, &payload::join(["/bench/watched", &i.to_string()]))?;
+            c.reply(Op::Watch)?;
+            c.receive()?;
+        }
+    }
+    let mut times: Vec<Duration> = Vec::new();
+    let mut sent = vec![Instant::now(); clients];
+    let write = |i: usize, v: &str| {
+        let mut b = payload::join([path(i)]);
+        b.extend_from_slice(v.as_bytes());
+        b
+    };
+    let cpu = on_cpu(d.pid())?;
+    let start = Instant::now();
+    while start.elapsed() < time {
+        match row {
+            Row::Read | Row::Write | Row::Directory => {
+                let op = match row {
+                    Row::Read => Op::Read,
+                    Row::Write => Op::Write,
+                    _ => Op::Directory,
+                };
+                for (c, t) in c.iter_mut().zip(&mut sent) {
+                    let i = places.next();
+                    let body = match row {
+                        Row::Read => payload::join([path(i)]),
+                        Row::Write => write(i, "0123456789"),
+                        _ => payload::join([format!("/bench/{}/{}", i / FAN / FAN, i / FAN % FAN)]),
+                    };
+                    *t = Instant::now();
+                    c.send(op, 0, &body)?;
+                }
+                for (c, t) in c.iter_mut().zip(&sent) {
+                    c.reply(op)?;
+                    times.push(t.elapsed());
+                }
+            }
+            Row::Transaction => {
+                let at: Vec<usize> = c.iter().map(|_| places.next()).collect();
+                for (c, t) in c.iter_mut().zip(&mut sent) {
+                    *t = Instant::now();
+                    c.send(Op::TransactionStart, 0, &[0])?;
+                }
+                let mut ids = Vec::new();
+                for c in &mut c {
+                    let id = c.reply(Op::TransactionStart)?;
+                    ids.push(payload::one_arg(&id).and_then(payload::decimal::<u32>)?);
+                }
+                for ((c, id), i) in c.iter_mut().zip(&ids).zip(&at) {
+                    c.send(Op::Read, *id, &payload::join([path(*i)]))?;
+                }
+                for c in &mut c {
+                    c.reply(Op::Read)?;
+                }
+                for ((c, id), i) in c.iter_mut().zip(&ids).zip(&at) {
+                    c.send(Op::Write, *id, &write(*i, "in a transaction"))?;
+                }
+                for c in &mut c {
+                    c.reply(Op::Write)?;
+                }
+                for (c, id) in c.iter_mut().zip(&ids) {
+                    c.send(Op::TransactionEnd, *id, b"T\0")?;
+                }
+                for (c, t) in c.iter_mut().zip(&sent) {
+                    c.reply(Op::TransactionEnd)?;
+                    times.push(t.elapsed());
+                }
+            }
+            Row::Watch => {
+                let t = Instant::now();
+                writer.send(Op::Write, 0, b"/bench/watched\0x")?;
+                for c in &mut c {
+                    c.receive()?;
+                    times.push(t.elapsed());
+                }
+                writer.reply(Op::Write)?;
+            }
+        }
+    }
+    let rate = times.len() as f64 / start.elapsed().as_secs_f64();
+    let cpu = (on_cpu(d.pid())? - cpu) / times.len().max(1) as u32;
+    times.sort_unstable();
+    let at = |q: f64| times.get((times.len() as f64 * q) as usize).copied().unwrap_or_default();
+    Ok(Figures { median: at(0.5), p99: at(0.99), rate, cpu })
+}
+
+fn fill(socket: &Path, nodes: usize) -> Result<()> {
+    const BATCH: usize = 64;
+    let mut c = Client::connect(socket)?;
+    let mut i = 0;
+    while i < nodes {
+        let n = BATCH.min(nodes - i);
+        for k in i..i + n {
+            let mut b = payload::join([path(k)]);
+            b.extend_from_slice(b"0123456789");
+            c.send(Op::Write, 0, &b)?;
+        }
+        for _ in 0..n {
+            c.reply(Op::Write)?;
+        }
+        i += n;
+    }
+    Ok(())
+}
+
+/// Time that a process has had a CPU.
+fn on_cpu(pid: u32) -> Result<Duration> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat"))?;
+    Ok(Duration::from_nanos(text.split(' ').next().context("schedstat")?.parse()?))
+}
+
+/// Resident memory of a process, in bytes.
+fn resident(pid: u32) -> Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text.lines().find_map(|l| l.strip_prefix("VmRSS:")).context("VmRSS")?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
+    Ok(kib * 1024)
+}
+
+/// A server that sends back what it gets: what the socket itself costs.
+fn echo(socket: &Path, time: Duration) -> Result<Figures> {
+    let listener = UnixListener::bind(socket)?;
+    let server = std::thread::spawn(move || -> std::io::Result<()> {
+        let (mut s, _) = listener.accept()?;
+        let mut buf = [0; 4096];
+        loop {
+            let n = s.read(&mut buf)?;
+            if n == 0 {
+                return Ok(());
+            }
+            s.write_all(&buf[..n])?;
+        }
+    });
+    let mut s = UnixStream::connect(socket)?;
+    let message = Message::new(Op::Read.to_wire(), 1, 0, payload::join([path(0)])).to_bytes();
+    let mut buf = vec![0; message.len()];
+    let mut times = Vec::new();
+    let start = Instant::now();
+    while start.elapsed() < time {
+        let t = Instant::now();
+        s.write_all(&message)?;
+        s.read_exact(&mut buf)?;
+        times.push(t.elapsed());
+    }
+    let rate = times.len() as f64 / start.elapsed().as_secs_f64();
+    drop(s);
+    match server.join() {
+        Ok(r) => r?,
+        Err(_) => bail!("the echo server panicked"),
+    }
+    times.sort_unstable();
+    Ok(Figures { median: times[times.len() / 2], p99: times[times.len() * 99 / 100], rate, cpu: Duration::ZERO })
+}
+
+fn show(f: &Figures) -> String {
+    let us = |d: Duration| d.as_secs_f64() * 1e6;
+    format!("{:8.1} {:8.1} {:8.0} {:7.1}", us(f.median), us(f.p99), f.rate, us(f.cpu))
+}
+
+fn main() -> Result<()> {
+    let a = Args::parse();
+    let time = Duration::from_millis(a.time);
+    let dir = tempfile::tempdir()?;
+    let programs = Programs::prepare(dir.path())?;
+    let ours: PathBuf = std::env::current_exe()?.with_file_name("xenstored-on-files");
+    let start = |name: &str, which: usize| -> Result<(Stock, FakeXen)> {
+        let xen = FakeXen::create(&dir.path().join(format!("xen-{name}")))?;
+        let run = dir.path().join(format!("run-{name}"));
+        let d = if which == 0 {
+            programs.start_stock(&xen, &run, &[])?
+        } else {
+            programs.start_other(&ours, &xen, &run)?
+        };
+        Ok((d, xen))
+    };
+    let heads = format!("{:>8} {:>8} {:>8} {:>7}", "median", "p99", "ops/s", "CPU/op");
+    println!("{:34} {:>34}   {:>34}", "times in µs", "stock 4.17", "ours");
+    println!("{:34} {heads}   {heads}", "");
+    let e = echo(&dir.path().join("echo"), time)?;
+    println!("{:34} {}", "echo server, 1 client", show(&e));
+    let mut slow = Vec::new();
+    for &nodes in &a.nodes {
+        let daemons = [start(&format!("stock-{nodes}"), 0)?, start(&format!("ours-{nodes}"), 1)?];
+        let mut per_node = Vec::new();
+        for (d, _) in &daemons {
+            let before = resident(d.pid())?;
+            fill(d.socket(), nodes)?;
+            per_node.push((resident(d.pid())?.saturating_sub(before)) as f64 / nodes as f64);
+        }
+        for &clients in &a.clients {
+            for row in [Row::Read, Row::Write, Row::Directory, Row::Transaction, Row::Watch] {
+                // Twice each, turn and turn about; the better one counts.
+                let mut best: [Option<Figures>; 2] = [None, None];
+                for _ in 0..2 {
+                    for (best, (d, _)) in best.iter_mut().zip(&daemons) {
+                        let f = measure(d, row, clients, nodes, time / 2)?;
+                        if best.as_ref().is_none_or(|b| f.rate > b.rate) {
+                            *best = Some(f);
+                        }
+                    }
+                }
+                let [Some(s), Some(o)] = best else { bail!("nothing was measured") };
+                let name = format!("{nodes} nodes, {clients} clients, {row:?}").to_lowercase();
+                let times = o.rate / s.rate;
+                println!("{name:34} {}   {} {times:6.1}x", show(&s), show(&o));
+                if times < 1.0 {
+                    slow.push(format!("{name}: {times:.2} times as fast"));
+                }
+                let share = o.cpu.as_secs_f64() / s.cpu.as_secs_f64();
+                if clients > 1 && share > 0.5 {
+                    slow.push(format!("{name}: {share:.2} of the CPU time"));
+                }
+            }
+        }
+        let name = format!("{nodes} nodes, bytes a node");
+        println!("{name:34} {:8.0} {:>27} {:8.0}", per_node[0], "", per_node[1]);
+        if nodes >= 100_000 && per_node[1] > per_node[0] {
+            slow.push(format!("{name}: {:.0}, the stock daemon takes {:.0}", per_node[1], per_node[0]));
+        }
+    }
+    if a.check && !slow.is_empty() {
+        bail!("ours falls short:\n{}", slow.join("\n"));
+    }
+    Ok(())
+}
