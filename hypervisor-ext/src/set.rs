@@ -345,8 +345,7 @@ fn set_tails(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusal> {
         let tail = if *tail < words { *tail } else { 0 };
         let at = t::FV_QUEUE + queue * t::FQ_SIZE;
         unsafe {
-            // An event that arrives now takes the queue's lock with interrupts off; that is short, and its order against us is free.
-            let _queue = xen::Spin::lock(fifo.add(at + t::FQ_LOCK));
+            let _queue = xen::SpinIrq::lock(fifo.add(at + t::FQ_LOCK));
             store(fifo, at + t::FQ_TAIL, tail);
         }
     }
@@ -540,7 +539,7 @@ fn check_pirq_port(d: Domain, wanted: &PortState) -> Result<(), Refusal> {
 }
 
 /// What EVTCHNOP_bind_pirq does for a pirq without a physical interrupt: the pirq gets the port, vCPU 0's list gets the event channel (Xen
-/// moves it when the port is bound to another vCPU).
+/// moves it when the port is bound to another vCPU, so here it goes to the list of the vCPU that is notified).
 unsafe fn link_pirq(d: Domain, evtchn: Evtchn, info: *mut u8, wanted: &PortState) {
     let v = d.vcpu(u32::from(wanted.notify_vcpu));
     let Some(v) = v else { return };

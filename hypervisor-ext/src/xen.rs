@@ -38,6 +38,8 @@ unsafe extern "C" {
     fn copy_from_guest_pv(to: *mut c_void, from: u64, len: u32) -> u32;
     fn _spin_lock(lock: *mut u8);
     fn _spin_unlock(lock: *mut u8);
+    fn _spin_lock_irqsave(lock: *mut u8) -> u64;
+    fn _spin_unlock_irqrestore(lock: *mut u8, flags: u64);
     fn _spin_lock_recursive(lock: *mut u8);
     fn _spin_unlock_recursive(lock: *mut u8);
     fn queue_write_lock_slowpath(lock: *mut u8);
@@ -232,6 +234,23 @@ impl Spin {
 impl Drop for Spin {
     fn drop(&mut self) {
         unsafe { _spin_unlock(self.0) }
+    }
+}
+
+/// A held `spinlock_t` that interrupts take too, so they are off meanwhile.
+pub struct SpinIrq(*mut u8, u64);
+
+impl SpinIrq {
+    pub unsafe fn lock(lock: *mut u8) -> Self {
+        let flags = unsafe { _spin_lock_irqsave(lock) };
+        no_speculation();
+        Self(lock, flags)
+    }
+}
+
+impl Drop for SpinIrq {
+    fn drop(&mut self) {
+        unsafe { _spin_unlock_irqrestore(self.0, self.1) }
     }
 }
 
