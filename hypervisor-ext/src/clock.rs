@@ -22,7 +22,7 @@ use core::sync::atomic::{AtomicI64, AtomicPtr, AtomicU32, Ordering, compiler_fen
 
 use crate::abi;
 use crate::table as t;
-use crate::xen::{self, Domain, EBUSY, EFAULT, EINVAL, Vcpu, load, store};
+use crate::xen::{self, Domain, EFAULT, EINVAL, Vcpu, load, store};
 
 /// One slot for each domid. It belongs to a domain only while `owner` is that domain: a domid can be used again before the last
 /// domain that had it is freed, the memory of a domain cannot.
@@ -510,7 +510,7 @@ extern "C" fn ferry_arch_domain_destroy(d: *mut u8) {
 #[unsafe(no_mangle)]
 extern "C" fn ferry_revert(payload: *mut u8) -> i32 {
     if domains() != 0 {
-        return EBUSY as i32;
+        return -abi::REVERT_REFUSED_ERRNO;
     }
     unsafe { xen::revert_payload(payload) }
 }

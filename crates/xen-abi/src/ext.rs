@@ -49,6 +49,10 @@ pub const MAX_ENTRIES: u32 = 1024;
 /// Largest absolute value of a clock offset, in ns: 100 years.
 pub const MAX_CLOCK_OFFSET: i64 = 100 * 366 * 86_400 * 1_000_000_000;
 
+/// Errno with which the extension refuses to be reverted while a domain lives by its clock offset: ETXTBSY, which Xen itself never answers to
+/// that (its EBUSY says that its CPUs could not be gathered in time, and is worth another try).
+pub const REVERT_REFUSED_ERRNO: i32 = 26;
+
 /// [`Request::op`].
 pub mod op {
     /// Fills an [`super::Info`]. The target may be any domain, such as domain 0; it is not looked at.

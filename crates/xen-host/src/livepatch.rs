@@ -6,17 +6,22 @@
 use crate::XenHost;
 use hypervisor::{Errno, HypervisorError, Result};
 use std::time::{Duration, Instant};
+use xen_abi::ext::REVERT_REFUSED_ERRNO;
 use xen_abi::sysctl::LIVEPATCH_OP;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Name under which Xen knows the extension.
 pub const NAME: &str = "ferry";
 
-/// Time that Xen may take to gather its CPUs. Its default of 30 ms is short for a busy host.
-const GATHER: Duration = Duration::from_millis(500);
+/// Time that Xen may take to gather its CPUs. Those that came wait for the others, and no guest runs on them meanwhile: so it is
+/// short (Xen's own default), and a try that fails is repeated.
+const GATHER: Duration = Duration::from_millis(30);
 
-/// Time after which an action that Xen has not finished is given up.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Time between two tries, for the guests.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Time after which an action that Xen has not managed is given up.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 // XEN_SYSCTL_LIVEPATCH_*
 const UPLOAD: u32 = 0;
@@ -120,14 +125,14 @@ impl XenHost {
         Ok(())
     }
 
-    /// Reverts a payload and unloads it. Nothing happens if it is not there. `EBUSY` when it refuses to go, as the extension does while a
-    /// domain lives by its clock offset.
+    /// Reverts a payload and unloads it. Nothing happens if it is not there. The extension refuses to go
+    /// ([`REVERT_REFUSED_ERRNO`]) while a domain lives by its clock offset.
     pub fn unload_payload(&self, name: &str) -> Result<()> {
         match self.payload_state(name)? {
             PayloadState::Absent => return Ok(()),
             PayloadState::Uploaded => {}
             PayloadState::Applied => self.act(name, REVERT, "livepatch revert", Some(CHECKED)).map_err(|e| {
-                if e.as_errno() == Some(Errno::EBUSY) {
+                if e.as_errno() == Some(Errno(REVERT_REFUSED_ERRNO)) {
                     e.with_detail("the extension is in use: a domain that migrated to this host has a clock offset; it can go when those domains have gone")
                 } else {
                     e
@@ -160,7 +165,21 @@ impl XenHost {
         })
     }
 
+    /// Carries out an action, again and again while Xen cannot gather its CPUs for it.
     fn act(&self, name: &str, action: u32, op_name: &'static str, goal: Option<u32>) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            match self.act_once(name, action, op_name, goal) {
+                Err(e) if e.as_errno() == Some(Errno::EBUSY) && begun.elapsed() < PATIENCE => std::thread::sleep(PAUSE),
+                Err(e) if e.as_errno() == Some(Errno::EBUSY) => {
+                    return Err(e.with_detail("Xen's CPUs could not be gathered, or another live patch is being worked on; try again when the host is less busy"));
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn act_once(&self, name: &str, action: u32, op_name: &'static str, goal: Option<u32>) -> Result<()> {
         let text = patch_name(name)?;
         let mut names = self.privcmd.buffer(text.len())?;
         names.bytes_mut()[..text.len()].copy_from_slice(&text);
