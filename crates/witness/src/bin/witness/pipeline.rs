@@ -1,15 +1,20 @@
-//! Reads many xenstore nodes with many requests under way: the kernel's device queues them and hands out the replies in
-//! order of their arrival, so that one wait serves a whole batch.
+//! Reads many xenstore nodes with many requests under way, so that one wait serves a whole batch.
+//!
+//! Each request goes through a descriptor of its own. The kernel's device does take a second request while the first is
+//! under way, but keeps one buffer for a descriptor and overwrites the first one's path if it had not gone out yet
+//! (drivers/xen/xenbus/xenbus_dev_frontend.c, Linux 6.1: `xenbus_dev_request_and_reply` takes the body by reference). Seen:
+//! values under other nodes' names.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use witness::report::StoreNode;
 use witness::store_rules::escape;
 use xenstore_wire::{Errno, FrameDecoder, Message, Op, payload, perm};
 
-/// Nodes in a batch; each takes three requests, and the stock daemon holds a domain back at 20.
+/// Nodes in a batch.
 const BATCH: usize = 5;
+/// What is asked of each node. The stock daemon holds a domain back at 20 requests under way.
+const QUESTIONS: [Op; 3] = [Op::Read, Op::GetPerms, Op::Directory];
 
 /// A node and the names of its children.
 #[derive(Debug)]
@@ -18,53 +23,30 @@ pub struct Entry {
     pub children: Vec<String>,
 }
 
+/// One descriptor, with one request under way at most.
 #[derive(Debug)]
-pub struct Pipeline {
+struct Lane {
     device: File,
     decoder: FrameDecoder,
+}
+
+#[derive(Debug)]
+pub struct Pipeline {
+    lanes: Vec<Lane>,
     next_id: u32,
 }
 
 type Answer = Result<Vec<u8>, Errno>;
 
-impl Pipeline {
-    pub fn open() -> Result<Pipeline, String> {
-        let path = "/dev/xen/xenbus";
-        let device = File::options().read(true).write(true).open(path).map_err(|e| format!("{path}: {e}"))?;
-        Ok(Pipeline { device, decoder: FrameDecoder::new(), next_id: 1 })
-    }
-
-    /// Reads nodes: value, permissions, children. `None` for what is not there or may not be read.
-    pub fn nodes(&mut self, paths: &[String]) -> Result<Vec<Option<Entry>>, String> {
-        let mut entries = Vec::with_capacity(paths.len());
-        for batch in paths.chunks(BATCH) {
-            let first = self.next_id;
-            for path in batch {
-                for op in [Op::Read, Op::GetPerms, Op::Directory] {
-                    self.send(op, path)?;
-                }
-            }
-            let mut answers = self.answers(first, batch.len() * 3)?;
-            for (path, id) in batch.iter().zip((first..).step_by(3)) {
-                let mut take = |id| answers.remove(&id).unwrap_or(Err(Errno::EIO));
-                entries.push(entry(path, take(id), take(id + 1), take(id + 2))?);
-            }
-        }
-        Ok(entries)
-    }
-
-    fn send(&mut self, op: Op, path: &str) -> Result<(), String> {
-        let message = Message::new(op.to_wire(), self.next_id, 0, payload::join([path]));
-        self.next_id += 1;
-        // One message a write: the device takes no more at a time.
+impl Lane {
+    fn send(&mut self, op: Op, id: u32, path: &str) -> Result<(), String> {
+        let message = Message::new(op.to_wire(), id, 0, payload::join([path]));
         self.device.write_all(&message.to_bytes()).map_err(|e| format!("{} {path}: {e}", op.name()))
     }
 
-    /// The answers to `count` requests from `first` on.
-    fn answers(&mut self, first: u32, count: usize) -> Result<BTreeMap<u32, Answer>, String> {
-        let mut answers = BTreeMap::new();
+    fn answer(&mut self, id: u32) -> Result<Answer, String> {
         let mut buf = [0; 4096];
-        while answers.len() < count {
+        loop {
             let n = match self.device.read(&mut buf) {
                 Ok(0) => return Err("xenstore's device ended".into()),
                 Ok(n) => n,
@@ -76,20 +58,52 @@ impl Pipeline {
                 let used = self.decoder.feed(bytes).map_err(|e| e.to_string())?;
                 bytes = bytes.get(used..).unwrap_or_default();
                 if let Some(m) = self.decoder.take() {
-                    let id = m.header.req_id;
-                    if !(first..self.next_id).contains(&id) {
-                        return Err(format!("a reply to request {id}, which is not under way"));
+                    if m.header.req_id != id {
+                        return Err(format!("a reply to request {}, where {id} is under way", m.header.req_id));
                     }
-                    let answer = if m.header.op == Op::Error.to_wire() {
+                    return Ok(if m.header.op == Op::Error.to_wire() {
                         Err(Errno::from_payload(&m.payload).unwrap_or(Errno::EIO))
                     } else {
                         Ok(m.payload)
-                    };
-                    answers.insert(id, answer);
+                    });
                 }
             }
         }
-        Ok(answers)
+    }
+}
+
+impl Pipeline {
+    pub fn open() -> Result<Pipeline, String> {
+        let path = "/dev/xen/xenbus";
+        let lane = |_| {
+            let device = File::options().read(true).write(true).open(path).map_err(|e| format!("{path}: {e}"))?;
+            Ok(Lane { device, decoder: FrameDecoder::new() })
+        };
+        let lanes = (0..BATCH * QUESTIONS.len()).map(lane).collect::<Result<_, String>>()?;
+        Ok(Pipeline { lanes, next_id: 1 })
+    }
+
+    /// Reads nodes: value, permissions, children. `None` for what is not there or may not be read.
+    pub fn nodes(&mut self, paths: &[String]) -> Result<Vec<Option<Entry>>, String> {
+        let mut entries = Vec::with_capacity(paths.len());
+        for batch in paths.chunks(BATCH) {
+            let first = self.next_id;
+            let asked = batch.iter().flat_map(|path| QUESTIONS.map(|op| (path, op)));
+            for ((lane, id), (path, op)) in self.lanes.iter_mut().zip(first..).zip(asked) {
+                lane.send(op, id, path)?;
+            }
+            self.next_id = first.wrapping_add(self.lanes.len() as u32);
+            let mut answers = Vec::new();
+            for (lane, id) in self.lanes.iter_mut().zip(first..).take(batch.len() * QUESTIONS.len()) {
+                answers.push(lane.answer(id)?);
+            }
+            let mut answers = answers.into_iter();
+            for path in batch {
+                let mut next = || answers.next().unwrap_or(Err(Errno::EIO));
+                entries.push(entry(path, next(), next(), next())?);
+            }
+        }
+        Ok(entries)
     }
 }
 
