@@ -316,7 +316,8 @@ unsafe fn write_runstate_area(v: Vcpu, offset: i64) {
     let top = area.wrapping_add(if narrow { t::RS32_ENTRY } else { t::RS_ENTRY } as u64 + 7);
     unsafe {
         let mut rs: Runstate = load(v.0, t::V_RUNSTATE);
-        rs.entry = rs.entry.wrapping_add(offset as u64);
+        // A guest whose system time lies before 0 must not take its sign for the mark: it would wait for it to go for ever.
+        rs.entry = rs.entry.wrapping_add(offset as u64) & !RUNSTATE_UPDATE;
         // A page that is not there makes the writes fail; Xen ignores that as well.
         if announce {
             rs.entry |= RUNSTATE_UPDATE;

@@ -172,15 +172,17 @@ pub fn ports(d: Domain, request: &Request, progress: &mut Progress) -> Result<()
         let mut end = false;
         {
             let _held = d.event_lock();
-            let stop = port.saturating_add(CHUNK_PORTS);
-            while port < stop && found < room {
+            // Counted, not compared with a last port: the first one may be the largest number there is.
+            for _ in 0..CHUNK_PORTS {
                 let Some(evtchn) = d.evtchn(port) else {
                     end = true;
                     break;
                 };
-                if evtchn.state() != port_state::FREE
-                    && let Some(entry) = chunk.get_mut(found as usize)
-                {
+                if evtchn.state() != port_state::FREE {
+                    let Some(entry) = chunk.get_mut(found as usize) else { break };
+                    if found == room {
+                        break;
+                    }
                     *entry = port_state_of(d, port, evtchn);
                     found += 1;
                 }

@@ -491,6 +491,14 @@ fn bad(host: &XenHost, paused: u16, running: u16) -> Outcome<()> {
     dog.watchdogs[0] = ext::Watchdog { remaining: -5, in_use: 1, reserved: 0 };
     expect("watchdog", set_one(host, paused, op::SET_DOMAIN, 0, dog), Errno::EINVAL, Fault::WATCHDOG);
 
+    for op in [op::GET_PORTS, op::GET_PIRQS] {
+        let size = if op == op::GET_PORTS { size_of::<PortState>() } else { size_of::<PirqState>() };
+        let beyond = Request { op, entry_size: size as u32, ..request::<PortState>(op, u32::MAX, 4) };
+        let answer = send(host, paused, beyond, &mut [0; 128])?;
+        let ends = answer.errno == 0 && answer.request.done == 0 && answer.request.next == 0;
+        println!("{} a list from beyond its end is empty", if ends { "ok  " } else { "FAIL" });
+        failures += u32::from(!ends);
+    }
     let after = get(host, paused)?;
     let same = before.ports == after.ports
         && before.pirqs == after.pirqs
