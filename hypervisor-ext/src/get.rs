@@ -215,9 +215,6 @@ fn port_state_of(d: Domain, port: u32, evtchn: Evtchn) -> PortState {
         ..PortState::default()
     };
     s.flags = if evtchn.consumer_is_xen() { port_flags::XEN } else { 0 };
-    if evtchn.get::<u8>(t::E_PENDING) != 0 {
-        s.flags |= port_flags::PENDING_EARLY;
-    }
     if d.fifo().is_null() {
         s.flags |= if d.two_level_bit(port, false) { port_flags::PENDING } else { 0 };
         s.flags |= if d.two_level_bit(port, true) { port_flags::MASKED } else { 0 };
@@ -229,6 +226,9 @@ fn port_state_of(d: Domain, port: u32, evtchn: Evtchn) -> PortState {
         s.flags |= if word >> 31 & 1 != 0 { port_flags::PENDING } else { 0 };
         s.flags |= if word >> 30 & 1 != 0 { port_flags::MASKED } else { 0 };
         s.flags |= if word >> 29 & 1 != 0 { port_flags::LINKED } else { 0 };
+    } else if evtchn.get::<u8>(t::E_PENDING) != 0 {
+        // Xen never takes this mark back, so with a word it means nothing any more.
+        s.flags |= port_flags::PENDING_EARLY;
     }
     if state == port_state::UNBOUND {
         s.remote_domid = evtchn.get(t::E_UNBOUND_DOMID);

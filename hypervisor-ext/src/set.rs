@@ -117,16 +117,8 @@ fn set_event_array(d: Domain, wanted: &DomainState) -> Result<(), Refusal> {
     // The pages must be seen before the number that says they are there.
     compiler_fence(Ordering::SeqCst);
     unsafe { store::<u32>(fifo, t::FD_NUM, pages as u32 * abi::FIFO_WORDS_PER_PAGE) };
-    // Ports that were raised before their word was there are raised now, as Xen does when a guest adds a page.
-    let words = d.fifo_words();
-    for port in 1..words {
-        let Some(evtchn) = d.evtchn(port) else { break };
-        if evtchn.get::<u8>(t::E_PENDING) != 0
-            && let Some(v) = d.vcpu(u32::from(evtchn.get::<u16>(t::E_NOTIFY)))
-        {
-            unsafe { xen::evtchn_fifo_set_pending(v.0, evtchn.0) };
-        }
-    }
+    // No port is raised here, unlike when a guest adds a page: the guest's words and queue heads are in memory as they were, and an event
+    // linked before the tails are set would cut a queue that is not empty.
     Ok(())
 }
 

@@ -66,8 +66,6 @@ unsafe extern "C" {
     fn unmap_guest_page(virt: *mut u8);
     #[link_name = "common/event_fifo.c#map_control_block"]
     pub fn map_control_block(v: *mut u8, gfn: u64, offset: u32) -> i32;
-    #[link_name = "common/event_fifo.c#evtchn_fifo_set_pending"]
-    pub fn evtchn_fifo_set_pending(v: *mut u8, evtchn: *mut u8);
 
     #[link_name = "common/event_fifo.c#evtchn_port_ops_fifo"]
     static EVTCHN_PORT_OPS_FIFO: u8;

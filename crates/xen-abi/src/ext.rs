@@ -285,7 +285,7 @@ pub mod domain_fields {
     /// [`super::domain_flags::WIDTH_32`]. Only while no port is open and no vcpu_info is placed: changing it later would move
     /// what the guest sees. Apply it first.
     pub const WIDTH_32: u64 = 1 << 0;
-    /// `fifo_pages` and `fifo_array`. The control block of at least one vCPU must be set before, ports should be set before (a page
+    /// `fifo_pages` and `fifo_array`. Raises nothing: words and queues are in the guest's memory. The control block of at least one vCPU must be set before, ports should be set before (a page
     /// that holds a stale LINKED bit makes its port unallocatable).
     pub const FIFO_ARRAY: u64 = 1 << 1;
     /// `watchdogs`.
@@ -575,7 +575,7 @@ pub mod port_flags {
     pub const MASKED: u8 = 1 << 2;
     /// Linked into a FIFO queue. Likewise.
     pub const LINKED: u8 = 1 << 3;
-    /// Became pending before its event word was there (`evtchn.pending`); settable.
+    /// Became pending and has no event word yet (`evtchn.pending`): the guest gets it when it adds that page. Settable.
     pub const PENDING_EARLY: u8 = 1 << 4;
 }
 
