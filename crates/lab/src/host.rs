@@ -62,8 +62,15 @@ impl Assets {
         let dom0 = pins.fetch(&cache, "dom0")?;
         let xen_image = dom0::hypervisor(&cache, &hypervisor)?;
         let kernel_image = dom0::kernel(&kernel)?;
-        let ramdisk = dom0::ramdisk(&cache, &dom0, &kernel, &static_binary("lab-agent")?)?;
+        let ramdisk = dom0::ramdisk(&cache, &dom0, None, &kernel, &static_binary("lab-agent")?)?;
         Ok(Assets { qemu, kernel, dom0, hypervisor, xen_image, kernel_image, ramdisk })
+    }
+
+    /// dom0's ramdisk with a device model, which is fetched when it is needed for the first time.
+    fn ramdisk_with_device_model(&self) -> Result<PathBuf> {
+        let cache = Cache::open()?;
+        let model = Pins::load()?.fetch(&cache, "device-model")?;
+        dom0::ramdisk(&cache, &self.dom0, Some(&model), &self.kernel, &static_binary("lab-agent")?)
     }
 }
 
@@ -127,6 +134,8 @@ pub struct HostConfig {
     pub files: Vec<HostFile>,
     /// Command line of another xenstored than the stock one.
     pub xenstored: Option<Vec<String>>,
+    /// Have a device model in dom0, for HVM guests. dom0 then wants 2200 MiB.
+    pub device_model: bool,
     /// Boot even if a saved state would do; then Xen's start can be seen on the console and uptime begins at zero.
     pub cold: bool,
 }
@@ -147,6 +156,7 @@ impl HostConfig {
             disks: Vec::new(),
             files: Vec::new(),
             xenstored: None,
+            device_model: false,
             cold: false,
         }
     }
@@ -202,17 +212,15 @@ impl Host {
             "dom0_mem={0}M,max:{0}M com1=115200 console=com1 loglvl=all guest_loglvl=all noreboot {1}",
             config.dom0_memory_mib, config.xen_options
         );
-        let snapshot = Snapshot::of(assets, &config, &[&xen_options, &dom0_options])?;
-        let machine = Machine {
+        let ramdisk = if config.device_model { assets.ramdisk_with_device_model()? } else { assets.ramdisk.clone() };
+        let snapshot = Snapshot::of(assets, &ramdisk, &config, &[&xen_options, &dom0_options])?;
+        let mut machine = Machine {
             name: config.name.clone(),
             vcpus: config.vcpus,
             memory_mib: config.memory_mib,
             kernel: assets.xen_image.clone(),
             command_line: xen_options,
-            modules: vec![
-                (assets.kernel_image.clone(), dom0_options.trim_end().to_owned()),
-                (assets.ramdisk.clone(), String::new()),
-            ],
+            modules: vec![(assets.kernel_image.clone(), dom0_options.trim_end().to_owned()), (ramdisk, String::new())],
             console: console.clone(),
             log: directory.join("qemu.log"),
             clock_offset: config.wallclock_skew_ms.div_euclid(1000),
@@ -226,7 +234,15 @@ impl Host {
         let how = if machine.resume_from.is_some() { "resuming a saved" } else { "booting a" };
         progress::say(format!("{}: {how} host ({} vCPUs, {} MiB)", config.name, config.vcpus, config.memory_mib));
         let started = Instant::now();
-        let qemu = Qemu::start(&assets.qemu, &machine)?;
+        let qemu = match Qemu::start(&assets.qemu, &machine) {
+            Err(error) if machine.resume_from.is_some() => {
+                progress::say(format!("{}: the saved state can't be used, so it boots ({error:#})", config.name));
+                snapshot.forget();
+                machine.resume_from = None;
+                Qemu::start(&assets.qemu, &machine)?
+            }
+            started => started?,
+        };
         let resumed = machine.resume_from.is_some();
         Ok(Host { config, directory, console, started, agent: OnceLock::new(), agent_socket, snapshot, resumed, qemu })
     }

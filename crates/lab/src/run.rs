@@ -256,11 +256,6 @@ impl Attempt<'_> {
                 guest.name.get_ref()
             );
         }
-        if let Some(guest) = self.scenario.guests.iter().find(|g| g.kind == GuestType::Hvm)
-            && !self.assets.dom0.tree.join("usr/libexec/xen-qemu-system-i386").exists()
-        {
-            bail!("guest {}: type hvm needs a device model, which dom0's image does not have", guest.name.get_ref());
-        }
         Ok(files)
     }
 
@@ -303,6 +298,7 @@ impl Attempt<'_> {
             disks: disks.collect(),
             files,
             xenstored,
+            device_model: self.scenario.guests.iter().any(|guest| guest.kind == GuestType::Hvm),
             ..HostConfig::new(name)
         })
     }

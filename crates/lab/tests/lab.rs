@@ -153,6 +153,50 @@ fn shared_disk(a: &Host, b: &Host) -> Result<()> {
     Ok(())
 }
 
+/// The files of the cache's folder of saved states, with their times.
+fn states() -> Result<Vec<(SystemTime, std::path::PathBuf)>> {
+    let folder = lab::cache::Cache::open()?.path("states");
+    let mut states = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        states.push((entry.metadata()?.modified()?, entry.path()));
+    }
+    states.sort();
+    Ok(states)
+}
+
+#[test]
+#[ignore = "boots emulated hosts; cargo xtask test runs it"]
+fn a_host_goes_on_from_its_saved_state_and_boots_if_that_is_broken() -> Result<()> {
+    let assets = Assets::prepare()?;
+    let _lock = Lock::take(Some(WAIT))?;
+    let run = tempfile::tempdir()?;
+    // An option that Xen ignores makes this host unlike any other, so that the state is this test's own.
+    let config = || HostConfig { xen_options: format!("lab-test={}", std::process::id()), ..HostConfig::new("a") };
+    let boot = || -> Result<(f64, Duration)> {
+        let scratch = Scratch::new()?;
+        let since = Instant::now();
+        let host = Host::launch(&assets, config(), run.path(), scratch.path())?;
+        host.wait_ready(BOOT)?;
+        let took = since.elapsed();
+        ensure!(host.sh("xl list")?.contains("Domain-0"), "the toolstack does not answer");
+        let uptime = host.sh("cut -d' ' -f1 /proc/uptime")?.trim().parse()?;
+        Ok((uptime, took))
+    };
+    let before = states()?.len();
+    let (_, cold) = boot()?;
+    let (_, path) = states()?.pop().context("no state was saved")?;
+    let (_, warm) = boot()?;
+    eprintln!("states: {before} before; booted in {cold:.1?}, went on from the saved state in {warm:.1?}");
+    ensure!(warm < cold, "going on from a saved state took {warm:.1?}, booting {cold:.1?}");
+    let size = fs::metadata(&path)?.len();
+    fs::OpenOptions::new().write(true).open(&path)?.set_len(size / 2)?;
+    boot().context("with half a saved state")?;
+    ensure!(fs::metadata(&path)?.len() > size / 2, "the broken state was not replaced");
+    fs::remove_file(&path)?;
+    Ok(())
+}
+
 /// `ferry-lab exec` with a script that says "ready" and stays.
 fn staying(run: &Path) -> Result<Child> {
     let script = run.join("script");

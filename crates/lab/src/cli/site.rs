@@ -44,6 +44,9 @@ pub struct SiteOptions {
     /// Added to Xen's command line.
     #[arg(long, value_name = "OPTIONS", default_value = "")]
     xen_options: String,
+    /// Have a device model in dom0, for HVM guests (give each dom0 2200 MiB and each host 4096 then).
+    #[arg(long)]
+    device_model: bool,
     /// Boot even if a saved state would do.
     #[arg(long)]
     cold: bool,
@@ -99,6 +102,7 @@ pub fn boot(options: &SiteOptions, count: u8) -> Result<Site> {
             xen_options: options.xen_options.clone(),
             disks: disks.clone(),
             cold: options.cold,
+            device_model: options.device_model,
             files: files.clone(),
             xenstored: options.xenstored.as_ref().map(|line| line.split_whitespace().map(str::to_owned).collect()),
             ..HostConfig::new(*name)

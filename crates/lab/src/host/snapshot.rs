@@ -9,7 +9,7 @@ use crate::progress::Step;
 use crate::qemu::Qemu;
 use anyhow::{Context, Result};
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// How many states are kept; one takes some hundred MiB.
 const KEPT: usize = 6;
@@ -25,7 +25,7 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Where the state of such a host, booted with these command lines, is or would be.
-    pub fn of(assets: &Assets, config: &HostConfig, command_lines: &[&str]) -> Result<Snapshot> {
+    pub fn of(assets: &Assets, ramdisk: &Path, config: &HostConfig, command_lines: &[&str]) -> Result<Snapshot> {
         let cache = Cache::open()?;
         let sizes: Vec<u64> = config
             .disks
@@ -41,7 +41,7 @@ impl Snapshot {
             assets.qemu.key.clone(),
             assets.hypervisor.key.clone(),
             assets.kernel.key.clone(),
-            assets.ramdisk.display().to_string(),
+            ramdisk.display().to_string(),
             format!("{} {}", config.vcpus, config.memory_mib),
             command_lines.join("\n"),
             format!("{sizes:?} {}", config.nic.is_some()),

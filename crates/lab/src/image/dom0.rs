@@ -110,12 +110,19 @@ const KEPT: usize = 3;
 /// Changes when the recipe in this file does, so that an older base is not taken for the new one.
 const RECIPE: &str = concat!(include_str!("dom0.rs"), include_str!("cpio.rs"));
 
-/// Makes (or finds) dom0's ramdisk with `agent` as its init.
-pub fn ramdisk(cache: &Cache, dom0: &Unpacked, kernel: &Unpacked, agent: &Path) -> Result<PathBuf> {
+/// Makes (or finds) dom0's ramdisk with `agent` as its init. `extra` are packages that are packed after dom0's.
+pub fn ramdisk(
+    cache: &Cache,
+    dom0: &Unpacked,
+    extra: Option<&Unpacked>,
+    kernel: &Unpacked,
+    agent: &Path,
+) -> Result<PathBuf> {
     let base = base(cache, dom0, kernel)?;
     let agent = stripped(agent)?;
     let stem = base.file_stem().and_then(|stem| stem.to_str()).context("the base has no name")?;
-    let path = cache.path(format!("images/dom0-{}.cpio", cache::key([stem.as_bytes(), &agent])));
+    let extra_key = extra.map(|extra| extra.key.as_str()).unwrap_or_default();
+    let path = cache.path(format!("images/dom0-{}.cpio", cache::key([stem.as_bytes(), extra_key.as_bytes(), &agent])));
     if cache::touch(&path) {
         return Ok(path);
     }
@@ -123,6 +130,14 @@ pub fn ramdisk(cache: &Cache, dom0: &Unpacked, kernel: &Unpacked, agent: &Path) 
     let parent = path.parent().context("the cache has no folder for images")?;
     let mut fresh = tempfile::NamedTempFile::new_in(parent).context("make the ramdisk")?;
     io::copy(&mut File::open(&base).context("open the base")?, fresh.as_file_mut()).context("copy the base")?;
+    if let Some(extra) = extra {
+        let mut archive = Archive::new(BufWriter::with_capacity(1 << 20, fresh.as_file_mut()));
+        // Directories must be there before their content; what dom0 has already is not packed again.
+        archive.tree(&extra.tree, &|path| {
+            keep(path) && (extra.tree.join(path).is_dir() || dom0.tree.join(path).symlink_metadata().is_err())
+        })?;
+        archive.finish()?;
+    }
     let mut overlay = Archive::new(fresh.as_file_mut());
     overlay.file("init", 0o755, &agent)?;
     overlay.finish()?;
