@@ -105,7 +105,7 @@ pub struct HypervisorError {
     pub domid: Option<DomId>,
     /// What of the domain it was about (a gfn, port, vCPU, parameter), where that says more.
     pub detail: Option<String>,
-    #[source]
+    /// Part of the error's own text, so not its `source`: printing the chain would say it twice.
     pub cause: Cause,
 }
 

@@ -108,12 +108,16 @@ pub fn inspect(hv: &dyn Hypervisor, dom: DomId, pause: bool) -> Result<GuestStat
     let paging_pool_bytes = hv.paging_pool_size(dom)?;
     let tsc = hv.tsc_info(dom)?;
     let extension = host.extension.is_some();
+    let vcpus = (0..info.vcpus).map(|v| hv.vcpu_info(dom, v)).collect::<Result<Vec<_>>>()?;
+    let vm_assist = hv.vm_assist(dom)?;
+    let hvm_params =
+        hvm_op::PARAMS.iter().filter_map(|p| hv.hvm_param(dom, p.index).ok().map(|v| (p.name.to_owned(), v))).collect();
 
     let start = Instant::now();
     if pause {
         hv.pause(dom)?;
     }
-    let held = held_part(hv, dom, extension);
+    let held = held_part(hv, &info, extension);
     if pause {
         // Whatever went wrong while looking, the guest goes on first.
         hv.unpause(dom)?;
@@ -124,12 +128,12 @@ pub fn inspect(hv: &dyn Hypervisor, dom: DomId, pause: bool) -> Result<GuestStat
     Ok(GuestState {
         xen: host.version.to_string(),
         build_id: host.build_id,
-        vcpus: held.vcpus,
-        vm_assist: held.vm_assist,
+        vcpus,
+        vm_assist,
         paging_pool_bytes,
         cpu_policy,
         tsc,
-        hvm_params: held.hvm_params,
+        hvm_params,
         hvm_records: records(dom, &held.context)?,
         ports: held.ports.into_iter().collect(),
         grants: grants(&held.grants),
@@ -138,7 +142,7 @@ pub fn inspect(hv: &dyn Hypervisor, dom: DomId, pause: bool) -> Result<GuestStat
             .then(|| "the hypervisor extension is not loaded; load it with `ferry host load`".to_owned()),
         gt: held.gt,
         timing: Timing { paused_us, parts_us: held.parts_us },
-        domain: held.info,
+        domain: info,
     })
 }
 
@@ -156,10 +160,6 @@ struct RawGrants {
 
 /// What is read while the guest is held.
 struct Held {
-    info: DomainInfo,
-    vcpus: Vec<VcpuInfo>,
-    vm_assist: u64,
-    hvm_params: BTreeMap<String, u64>,
     context: Vec<u8>,
     ports: Vec<(Port, PortStatus)>,
     grants: RawGrants,
@@ -168,23 +168,15 @@ struct Held {
     parts_us: BTreeMap<String, u64>,
 }
 
-fn held_part(hv: &dyn Hypervisor, dom: DomId, extension: bool) -> Result<Held> {
+fn held_part(hv: &dyn Hypervisor, info: &DomainInfo, extension: bool) -> Result<Held> {
+    let dom = info.domid;
     let mut parts_us = BTreeMap::new();
     let mut timed = |name: &str, start: Instant| {
         parts_us.insert(name.to_owned(), micros(start));
     };
     let start = Instant::now();
-    let info = hv.domain_info(dom)?;
-    let vcpus = (0..info.vcpus).map(|v| hv.vcpu_info(dom, v)).collect::<Result<Vec<_>>>()?;
-    let vm_assist = hv.vm_assist(dom)?;
-    timed("domain", start);
-    let start = Instant::now();
     let context = hv.hvm_context(dom)?;
     timed("hvm_context", start);
-    let start = Instant::now();
-    let hvm_params =
-        hvm_op::PARAMS.iter().filter_map(|p| hv.hvm_param(dom, p.index).ok().map(|v| (p.name.to_owned(), v))).collect();
-    timed("hvm_params", start);
     let start = Instant::now();
     let ports = hv.ports(dom)?;
     timed("ports", start);
@@ -214,10 +206,6 @@ fn held_part(hv: &dyn Hypervisor, dom: DomId, extension: bool) -> Result<Held> {
     let gt = if extension { Some(hv.gt_state(dom)?) } else { None };
     timed("gt", start);
     Ok(Held {
-        info,
-        vcpus,
-        vm_assist,
-        hvm_params,
         context,
         ports,
         grants: RawGrants { version, max_frames: size.max_frames, gfns, shared, status },

@@ -347,6 +347,10 @@ fn gt_of_paused(h: &XenHost, dom: DomId) -> Outcome {
             v.runstate = v.runstate.at(state.guest_now_ns());
         }
         for step in GtStep::ALL {
+            if step == GtStep::VcpuAreas {
+                // It initialises the vCPUs and brings them up.
+                h.set_hvm_context(shell, &h.hvm_context(dom)?)?;
+            }
             timed(&format!("set {step:?}"), || h.set_gt_state(shell, step, &wanted))?;
         }
         let got = h.gt_state(shell)?;
