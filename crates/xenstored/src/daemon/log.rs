@@ -42,11 +42,7 @@ impl Log {
             Some(p) => Sink::File(open(p).map_err(|e| anyhow::anyhow!("trace file {}: {e}", p.display()))?),
             None if background => match syslog() {
                 Ok(s) => Sink::Syslog(s),
-                // The standard error itself will be given up.
-                Err(_) => match rustix::io::fcntl_dupfd_cloexec(io::stderr(), 3) {
-                    Ok(fd) => Sink::File(fd.into()),
-                    Err(_) => Sink::Stderr,
-                },
+                Err(_) => Sink::Stderr,
             },
             None => Sink::Stderr,
         };

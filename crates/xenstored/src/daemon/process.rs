@@ -2,7 +2,7 @@
 
 use anyhow::{Context, bail};
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io::{IsTerminal, Read, Seek, Write};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
@@ -50,7 +50,10 @@ impl Background {
         let null = File::options().read(true).write(true).open("/dev/null").context("/dev/null")?;
         rustix::stdio::dup2_stdin(&null)?;
         rustix::stdio::dup2_stdout(&null)?;
-        rustix::stdio::dup2_stderr(&null)?;
+        // A log that the start script set up stays, also for the next daemon at a live update.
+        if std::io::stderr().is_terminal() {
+            rustix::stdio::dup2_stderr(&null)?;
+        }
         let _ = self.ready.write_all(b"1");
         Ok(())
     }
