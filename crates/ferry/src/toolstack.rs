@@ -2,11 +2,12 @@
 
 use hypervisor::{DomId, GtPortKind, Hypervisor};
 use migrate::guest::{Device, GuestKind, Identity, Offer};
-use migrate::toolstack::{Description, Luggage, StoreNode, Toolstack};
+use migrate::toolstack::{Description, Luggage, Toolstack};
 use migrate::{Doing, Result, Trouble};
 use pv_backend::console::Hold;
 use pv_backend::device::Inventory;
 use pv_backend::dom0::Dom0;
+use pv_backend::frozen::{self, Frozen};
 use pv_backend::records::{self, Node, Records};
 use pv_backend::source::{Limits, Snapshot};
 use pv_backend::store::Store;
@@ -96,6 +97,11 @@ impl ServiceDomain {
     }
 }
 
+fn export(store: &mut Client, domid: u16, prefixes: &[String]) -> Result<Vec<u8>> {
+    let prefixes: Vec<&str> = prefixes.iter().map(String::as_str).collect();
+    store.export_domain(domid, &prefixes).doing("export its part of the store")
+}
+
 /// An operation of the store's that may have been done by an attempt before this one.
 fn unless_done(result: xenstore_client::Result<()>, done: Errno) -> Result<()> {
     match result {
@@ -154,15 +160,21 @@ impl Toolstack for ServiceDomain {
 
     fn freeze(&self, guest: &Description) -> Result<()> {
         let inventory = inventory(&guest.details)?;
+        let domid = guest.identity.domid.0;
         let mut store = store()?;
-        let snapshot = source::snapshot(&self.machine, &mut store, &inventory).doing("remember the devices' nodes")?;
+        unless_done(store.freeze_domain(domid), Errno::EBUSY)?;
+        // One export instead of hundreds of round trips: the guest stands still meanwhile.
+        let prefixes = frozen::prefixes(domid, &guest.identity.uuid.to_string());
+        let export = export(&mut store, domid, &prefixes)?;
+        let mut frozen = Frozen::from_stream(&export).doing("read the frozen store")?;
+        let snapshot = source::snapshot(&self.machine, &mut frozen, &inventory).doing("remember the devices' nodes")?;
         self.write_undo(guest, &snapshot).doing("write what a roll-back needs")?;
         if let Some(console) = &inventory.console
             && let Some(hold) = console::hold(console).doing("hold the console")?
         {
-            self.holds().insert(guest.identity.domid.0, hold);
+            self.holds().insert(domid, hold);
         }
-        unless_done(store.freeze_domain(guest.identity.domid.0), Errno::EBUSY)
+        Ok(())
     }
 
     fn detach(&self, guest: &Description) -> Result<()> {
@@ -174,35 +186,33 @@ impl Toolstack for ServiceDomain {
 
     fn pack(&self, guest: &Description) -> Result<Luggage> {
         let domid = guest.identity.domid.0;
-        let mut store = store()?;
-        let home = format!("/local/domain/{domid}");
-        let stream = store.export_domain(domid, &[&home]).doing("export its part of the store")?;
         let uuid = guest.identity.uuid.to_string();
+        // libxl's nodes ride in the stream, so that the destination need not write them one by one.
+        let stream = export(&mut store()?, domid, &frozen::importable(domid, &uuid))?;
+        let mut frozen = Frozen::from_stream(&stream).doing("read the frozen store")?;
         let books =
-            records::capture(&mut store, domid, &uuid, Path::new(records::USERDATA)).doing("read libxl's records")?;
-        Ok(Luggage {
-            store: stream,
-            nodes: books
-                .nodes
-                .into_iter()
-                .map(|n| StoreNode { path: n.path, value: n.value, perms: n.permissions })
-                .collect(),
-            userdata: books.userdata,
-        })
+            records::capture(&mut frozen, domid, &uuid, Path::new(records::USERDATA)).doing("read libxl's records")?;
+        Ok(Luggage { store: stream, nodes: Vec::new(), userdata: books.userdata })
     }
 
     fn unfreeze(&self, guest: &Description) -> Result<()> {
         let file = self.undo_file(guest);
-        // Nothing is touched before this file is whole on disk.
+        // The backends are not touched before this file is whole on disk.
         let snapshot: Option<Snapshot> = std::fs::read(&file).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        let inventory = inventory(&guest.details)?;
+        let mut store = store()?;
         if let Some(snapshot) = snapshot {
-            let inventory = inventory(&guest.details)?;
-            let mut store = store()?;
             source::rollback(&self.machine, &mut store, &*self.hypervisor, &inventory, &snapshot, &self.limits)
                 .doing("")?;
-            let prefixes = source::event_prefixes(&inventory);
-            let prefixes: Vec<&str> = prefixes.iter().map(String::as_str).collect();
-            unless_done(store.thaw_domain(guest.identity.domid.0, &prefixes), Errno::EINVAL)?;
+        }
+        let prefixes = source::event_prefixes(&inventory);
+        let prefixes: Vec<&str> = prefixes.iter().map(String::as_str).collect();
+        unless_done(store.thaw_domain(guest.identity.domid.0, &prefixes), Errno::EINVAL)?;
+        // A daemon that was killed has left the terminal stopped.
+        if let Some(console) = &inventory.console
+            && let Err(error) = console::release(console)
+        {
+            tracing::warn!("domain {}: {error}", guest.identity.domid);
         }
         self.holds().remove(&guest.identity.domid.0);
         match std::fs::remove_file(file) {
@@ -280,6 +290,8 @@ impl Toolstack for ServiceDomain {
     fn unpack(&self, offer: &Offer, luggage: &Luggage) -> Result<()> {
         let domid = offer.identity.domid.0;
         let mut store = store()?;
+        let uuid = offer.identity.uuid.to_string();
+        frozen::check_import(&luggage.store, domid, &uuid).doing("look at its part of the store")?;
         store.import_domain(domid, &luggage.store, Notify::Nobody).doing("import its part of the store")?;
         let books = Records {
             nodes: luggage
@@ -289,7 +301,6 @@ impl Toolstack for ServiceDomain {
                 .collect(),
             userdata: luggage.userdata.clone(),
         };
-        let uuid = offer.identity.uuid.to_string();
         records::install(&mut store, domid, &uuid, &books, Path::new(records::USERDATA)).doing("write libxl's records")
     }
 
@@ -303,7 +314,7 @@ impl Toolstack for ServiceDomain {
         {
             store.attach_domain(domid, port).doing("connect xenstored with the guest")?;
         }
-        self.wait_console(&inventory)
+        self.wait_console(&inventory, &mut store)
     }
 
     fn announce(&self, offer: &Offer) -> Result<()> {
@@ -339,9 +350,13 @@ impl Toolstack for ServiceDomain {
 
 impl ServiceDomain {
     /// xenconsoled connects by itself when the guest is introduced. The guest does not need it to run, so only a little patience.
-    fn wait_console(&self, inventory: &Inventory) -> Result<()> {
+    fn wait_console(&self, inventory: &Inventory, store: &mut Client) -> Result<()> {
         let Some(console) = &inventory.console else { return Ok(()) };
-        for _ in 0..20 {
+        for round in 0..20 {
+            // It overlooks the introduction of a domain that it knows already: it saw the shell when some other domain came.
+            if round == 4 {
+                console::attach(store, console).doing("make xenconsoled look at the console")?;
+            }
             let gt = self.hypervisor.gt_state(DomId(inventory.domid))?;
             let connected =
                 |p: &&hypervisor::GtPort| p.port == console.port && matches!(p.kind, GtPortKind::Interdomain { .. });

@@ -27,6 +27,30 @@ pub fn importable(domid: u16, uuid: &str) -> Vec<String> {
     prefixes(domid, uuid).into_iter().filter(|prefix| !made_there.contains(prefix)).collect()
 }
 
+/// Refuses a stream from the peer that would touch other parts of this host's store than the guest's ([`importable`]), by its
+/// nodes or by what its open transactions have written.
+pub fn check_import(stream: &[u8], domid: u16, uuid: &str) -> Result<()> {
+    let bad = |path: String, why: &str| Err(Error::Node { path, why: why.to_owned() });
+    let allowed = importable(domid, uuid);
+    let records = match read_all(stream) {
+        Ok((_, records)) => records,
+        Err(error) => return bad("(the guest's part of the store, as it came)".to_owned(), &error.to_string()),
+    };
+    for record in records {
+        let Record::Node { conn_id, access, path, .. } = record else { continue };
+        let Ok(path) = String::from_utf8(path) else {
+            return bad("(the guest's part of the store, as it came)".to_owned(), "a path that is no text");
+        };
+        let inside = allowed.iter().any(|prefix| {
+            path.strip_prefix(prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        });
+        if !inside && (conn_id == 0 || access.written) {
+            return bad(path, "the peer sent it as part of the guest's store, which it is not");
+        }
+    }
+    Ok(())
+}
+
 /// Nodes of a store that can only be read.
 #[derive(Debug, Clone, Default)]
 pub struct Frozen {
@@ -92,5 +116,39 @@ impl Store for Frozen {
 
     fn set_permissions(&mut self, path: &str, _permissions: &[Perm]) -> Result<()> {
         Frozen::read_only(path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use xenstore_wire::stream::{Format, TxAccess, write_all};
+
+    fn stream(path: &str, conn_id: u32, written: bool) -> Vec<u8> {
+        let node = Record::Node {
+            conn_id,
+            tx_id: conn_id,
+            access: TxAccess { read: true, written },
+            perms: vec![Perm::parse(b"n0").unwrap()],
+            path: path.as_bytes().to_vec(),
+            value: b"x".to_vec(),
+        };
+        write_all(Format::V2, &[node]).unwrap()
+    }
+
+    #[test]
+    fn an_import_may_touch_the_guests_own_nodes_only() {
+        let check = |path, conn, written| check_import(&stream(path, conn, written), 7, "u-u").is_ok();
+        for path in ["/local/domain/7", "/local/domain/7/device/vif/0/state", "/libxl/7/type", "/vm/u-u/name"] {
+            assert!(check(path, 0, false), "{path}");
+        }
+        for path in
+            ["/local/domain/70/x", "/local/domain/0/backend/vbd/7/51712/params", "/libxl/71", "/vm/u-u2", "/tool", "@x"]
+        {
+            assert!(!check(path, 0, false), "{path}");
+            // What a transaction has only read does no harm.
+            assert!(check(path, 1, false) && !check(path, 1, true), "{path}");
+        }
+        assert!(check_import(b"xenstore, or not", 7, "u-u").is_err());
     }
 }
