@@ -285,8 +285,8 @@ pub mod domain_fields {
     /// [`super::domain_flags::WIDTH_32`]. Only while no port is open and no vcpu_info is placed: changing it later would move
     /// what the guest sees. Apply it first.
     pub const WIDTH_32: u64 = 1 << 0;
-    /// `fifo_pages` and `fifo_array`. Raises nothing: words and queues are in the guest's memory. The control block of at least one vCPU must be set before, ports should be set before (a page
-    /// that holds a stale LINKED bit makes its port unallocatable).
+    /// `fifo_pages` and `fifo_array`. Raises nothing: words and queues are in the guest's memory. The control block of at least one vCPU
+    /// must be set before; ports should be (a page that holds a stale LINKED bit makes its port unallocatable).
     pub const FIFO_ARRAY: u64 = 1 << 1;
     /// `watchdogs`.
     pub const WATCHDOGS: u64 = 1 << 2;

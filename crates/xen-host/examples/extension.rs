@@ -645,9 +645,25 @@ fn main() -> Outcome<()> {
         ["info"] => println!("{:x?}", get_one(&host, 0, op::INFO, 0, Info::default())?),
         ["get", domid] => show(&get(&host, domid.parse()?)?),
         ["time", domid] => {
+            let domid = domid.parse()?;
             let begun = Instant::now();
-            let state = get(&host, domid.parse()?)?;
-            println!("{} vCPUs and {} ports read in {:?}", state.vcpus.len(), state.ports.len(), begun.elapsed());
+            let domain = get_one(&host, domid, op::GET_DOMAIN, 0, DomainState::default())?;
+            let vcpus_at = begun.elapsed();
+            for id in 0..domain.max_vcpus {
+                get_one(&host, domid, op::GET_VCPU, id, VcpuState::default())?;
+            }
+            let ports_at = begun.elapsed();
+            let ports = get_list::<PortState>(&host, domid, op::GET_PORTS, 0, ext::MAX_ENTRIES)?.len();
+            let pirqs_at = begun.elapsed();
+            let pirqs = get_list::<PirqState>(&host, domid, op::GET_PIRQS, 0, ext::MAX_ENTRIES)?.len();
+            let end = begun.elapsed();
+            println!(
+                "{end:?}: domain {vcpus_at:?}, {} vCPUs {:?}, {ports} ports {:?}, {pirqs} pirqs {:?}",
+                domain.max_vcpus,
+                ports_at - vcpus_at,
+                pirqs_at - ports_at,
+                end - pirqs_at
+            );
         }
         ["clock", domid, ns] => {
             let clock = ClockOffset { size: size_of::<ClockOffset>() as u32, version: ext::ABI_VERSION, offset: ns.parse()? };
