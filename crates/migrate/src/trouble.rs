@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::fmt;
 
-/// A failure inside one step: the cause, and what to do about it where that is known. [`crate::Failure`] adds domain and step.
+/// A failure inside one step: the cause, and what to do about it where that is known. Whoever reports it adds domain and step.
 #[derive(Debug)]
 pub struct Trouble {
     what: String,

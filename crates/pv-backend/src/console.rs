@@ -20,8 +20,8 @@ use crate::store::Store;
 
 /// `HVM_PARAM_CONSOLE_PFN` (public/hvm/params.h).
 const HVM_PARAM_CONSOLE_PFN: u32 = 17;
-/// Offset of `out_cons`, which `out_prod` follows, in `struct xencons_interface` (public/io/console.h): behind in[1024],
-/// out[2048], in_cons and in_prod.
+/// Offset of `out_cons`, which `out_prod` follows, in `struct xencons_interface` (public/io/console.h): behind `in[1024]`,
+/// `out[2048]`, in_cons and in_prod.
 const OUT_CONS: usize = 1024 + 2048 + 8;
 
 /// A terminal that is held. It goes on when this is dropped.

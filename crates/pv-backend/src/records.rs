@@ -148,7 +148,7 @@ pub fn remove(store: &mut dyn Store, domid: u16, uuid: &str, directory: &Path) -
 }
 
 /// Marks an id as used just now in libxl's list, so that stock `xl` does not give it to a new domain for a while.
-/// `directory` is [`RUN`]. Lock and format are libxl's (`libxl__mark_domid_recent`): "<seconds since boot> <domid>".
+/// `directory` is [`RUN`]. Lock and format are libxl's (`libxl__mark_domid_recent`): `<seconds since boot> <domid>`.
 pub fn quarantine(domid: u16, directory: &Path) -> Result<()> {
     let failed = |source| Error::Machine { what: format!("note domain {domid} in libxl's domid-history"), source };
     quarantine_in(domid, directory).map_err(failed)

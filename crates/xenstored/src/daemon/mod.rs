@@ -1,4 +1,4 @@
-//! The daemon: one thread, one loop, over [`Store`].
+//! The daemon: one thread, one loop, over [`crate::store::Store`].
 
 pub mod devices;
 mod events;
