@@ -6,20 +6,19 @@
 //! # The rule for lockup, stall and clock lines
 //!
 //! In software emulation a vCPU can be starved for seconds, and the guest's kernel says so: soft lockup, RCU stall, hung
-//! task, an interrupt that took too long, a clock source found unstable. Such a line ([`LineClass::by_starving`]) is
-//! charged to the move if, and only if,
+//! task, a clock source found unstable. Such a line ([`LineClass::Stall`], [`LineClass::Clock`]) is charged to the move
+//! if, and only if,
 //!
 //! 1. there was a move, and the time that the line speaks of (from its time stamp back by [`reaches_back_ms`]) overlaps
 //!    the move's window or the [`SETTLE_NS`] after it; and
 //! 2. it is one of more such lines than the control run would have had in a time as long as window and settling together,
 //!    rounded up ([`Calm::stalls_per_minute`]).
 //!
-//! All other such lines are the emulator's. They are listed in the evidence either way, never dropped.
-//!
-//! [`LineClass::by_starving`]: crate::klog::LineClass::by_starving
+//! All other such lines are the emulator's, and so is every [`LineClass::Slow`] line: it says that the kernel found itself
+//! slow, not that a clock is wrong or a watchdog bit. They are listed in the evidence either way, never dropped.
 
 use crate::disk::JournalFault;
-use crate::klog::reaches_back_ms;
+use crate::klog::{LineClass, reaches_back_ms};
 use crate::report::{Anomaly, KernelLine, Noticed, Promise, Snapshot};
 use crate::store_rules::may_change;
 use serde::{Deserialize, Serialize};
@@ -75,7 +74,8 @@ impl Calm {
     pub fn from_control(before: &Snapshot, after: &Snapshot) -> Calm {
         let ns = after.clocks.last.mono_ns.saturating_sub(before.clocks.last.mono_ns);
         let seconds = ns as f64 / 1e9;
-        let stalls = new_lines(before, after).filter(|l| l.class.by_starving()).count() as f64;
+        let stalls =
+            new_lines(before, after).filter(|l| matches!(l.class, LineClass::Stall | LineClass::Clock)).count() as f64;
         let gap_ns = after.clocks.gaps.iter().map(|g| g.mono_ns).max().unwrap_or(0);
         Calm { seconds, stalls_per_minute: if seconds > 0.0 { stalls * 60.0 / seconds } else { 0.0 }, gap_ns }
     }
@@ -410,6 +410,9 @@ pub fn sort_stalls<'a>(
     let end = window.to_ns.saturating_add(SETTLE_NS);
     let (within, mut emulator): (Vec<_>, Vec<_>) = stalls.partition(|l| {
         let at = l.at_us.saturating_mul(1000);
+        if l.class == LineClass::Slow {
+            return false;
+        }
         let long = reaches_back_ms(l.class, &l.text).saturating_mul(1_000_000);
         at >= window.from_ns && at.saturating_sub(long) <= end
     });
@@ -559,7 +562,6 @@ fn judge_gaps(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::klog::LineClass;
     use crate::report::*;
 
     fn seen<T>(t: T) -> Item<T> {
@@ -803,6 +805,11 @@ mod tests {
         // Long after, but it speaks of a time that reaches into the window.
         after.kernel_log.lines = vec![line(26, LineClass::Stall, "soft lockup - CPU#0 stuck for 22s!")];
         assert_eq!(failed(&verdicts(&after, &[], Some(WINDOW))), [Promise::T7]);
+        // A slow interrupt bites nobody.
+        after.kernel_log.lines = vec![line(17, LineClass::Slow, "hrtimer: interrupt took 37948591 ns")];
+        let v = verdicts(&after, &[], Some(WINDOW));
+        assert_eq!(failed(&v), []);
+        assert!(v[6].evidence.iter().any(|e| e.contains("hrtimer")), "{:?}", v[6]);
         // The control run has as many.
         calm.stalls_per_minute = 2.0;
         let lines = [line(17, LineClass::Stall, text), line(18, LineClass::Stall, text)];

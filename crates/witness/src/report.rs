@@ -66,7 +66,7 @@ pub struct Beat {
     pub up_ms: u64,
     /// True while the loads run (false after `quiet`).
     pub loads: bool,
-    /// Anomalies noticed, those not sent included, clock gaps not.
+    /// Anomalies noticed, those not sent included; clock gaps and lines of starved vCPUs not.
     pub anomalies: u64,
     /// Anomalies only counted, because too many of the kind had been sent.
     pub anomalies_unsent: u64,
@@ -172,7 +172,8 @@ pub struct JournalAck {
 /// The last report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Final {
-    /// True if there was no anomaly. Clock gaps do not count: only somebody outside knows whether the guest was starved.
+    /// True if there was no anomaly. Clock gaps and the kernel's lines on stalls do not count: only somebody outside knows
+    /// whether the guest was starved.
     pub clean: bool,
     /// Everything once more, after all loads stopped and memory and disk were read in full.
     pub snapshot: Snapshot,

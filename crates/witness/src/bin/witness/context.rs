@@ -73,9 +73,12 @@ impl Context {
         if self.phase() == Phase::Starting {
             return;
         }
-        if !matches!(what, Noticed::ClockGap(_)) {
-            self.counters.anomalies.add(1);
-        }
+        let starved = match &what {
+            Noticed::ClockGap(_) => true,
+            Noticed::KernelLine(line) => line.class.by_starving(),
+            _ => false,
+        };
+        self.counters.anomalies.add(u64::from(!starved));
         if self.reporter.may_send(&what) {
             self.send(Body::Anomaly(Anomaly { mono_ns: crate::clock::mono_ns(), what }));
         } else {
