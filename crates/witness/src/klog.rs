@@ -64,7 +64,12 @@ impl LineClass {
 const PATTERNS: &[(LineClass, &[&str])] = &[
     (
         LineClass::Slow,
-        &["hrtimer: interrupt took", "perf: interrupt took too long", "long readout interval, skipping watchdog check"],
+        &[
+            "hrtimer: interrupt took",
+            "perf: interrupt took too long",
+            "long readout interval, skipping watchdog check",
+            "read-back delay of",
+        ],
     ),
     (
         LineClass::Fault,
@@ -219,6 +224,7 @@ mod tests {
                 "clocksource: Long readout interval, skipping watchdog check: cs_nsec: 1225655369 wd_nsec: 1225618652",
                 LineClass::Slow,
             ),
+            ("clocksource: wd-tsc-wd read-back delay of 157081ns, clock-skew test skipped!", LineClass::Slow),
             ("xen:events: Event-channel device installed", LineClass::Xen),
             ("random: crng init done", LineClass::Other),
         ] {
