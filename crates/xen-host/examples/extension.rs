@@ -202,10 +202,10 @@ fn to_set(p: &PortState) -> PortState {
 /// SETs all that was read from one domain into another, in the order of a restore, and reads it back.
 fn copy(host: &XenHost, from: u16, to: u16) -> Outcome<()> {
     let s = get(host, from)?;
-    // A domain that a toolstack made has its store and console ports already.
+    // A domain that a toolstack made has its store and console ports already, and those of its device model, which stay.
     let made: Vec<PortState> = get_list::<PortState>(host, to, op::GET_PORTS, 0, 64)?
         .iter()
-        .filter(|p| p.state != port_state::RESERVED)
+        .filter(|p| p.state != port_state::RESERVED && p.flags & port_flags::XEN == 0)
         .map(|p| PortState { port: p.port, state: port_state::FREE, ..PortState::default() })
         .collect();
     if !made.is_empty() {
