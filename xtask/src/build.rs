@@ -9,7 +9,13 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The programs for dom0 and guests, as package and binary. They are linked statically (glibc's static libraries come
 /// with Debian's gcc), because dom0's image has other libraries than this machine.
-const STATIC: &[(&str, &str)] = &[("lab-agent", "lab-agent"), ("lab-agent", "lab-remote"), ("witness", "witness")];
+const STATIC: &[(&str, &str)] = &[
+    ("lab-agent", "lab-agent"),
+    ("lab-agent", "lab-remote"),
+    ("witness", "witness"),
+    ("ferry", "ferry"),
+    ("xenstored", "xenstored"),
+];
 
 /// The workspace's root.
 pub fn root() -> Result<&'static Path> {
@@ -42,6 +48,7 @@ pub fn everything() -> Result<PathBuf> {
     // Only for this target: build scripts and procedural macros can't be static.
     statics.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static");
     run(&mut statics).context("build the static programs")?;
+    crate::extension::build(false).context("build the hypervisor extension")?;
     run(cargo()?.args(["build", "--quiet", "--package", "lab", "--bin", "ferry-lab"])).context("build ferry-lab")?;
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| root().map(|root| root.join("target")), |path| Ok(path.into()))?;

@@ -96,6 +96,23 @@ pub fn static_binary(name: &str) -> Result<PathBuf> {
     bail!("the static program {name} is not built (looked in {}); run `cargo xtask build`", looked.join(", "))
 }
 
+/// The hypervisor extension, one file for each build of Xen that it is made for: beside the folder of the static programs, where
+/// `cargo xtask build` puts it, or in `$FERRY_LAB_BIN`.
+pub fn extension_files() -> Result<Vec<PathBuf>> {
+    let binary = static_binary("ferry")?;
+    let mut places: Vec<PathBuf> = binary.parent().map(Path::to_owned).into_iter().collect();
+    places.extend(binary.ancestors().find(|path| path.ends_with("target")).map(|target| target.join("extension")));
+    let mut files = Vec::new();
+    for place in &places {
+        let entries = std::fs::read_dir(place).into_iter().flatten().flatten();
+        files.extend(entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "livepatch")));
+    }
+    if files.is_empty() {
+        bail!("the hypervisor extension is not built; run `cargo xtask build`");
+    }
+    Ok(files)
+}
+
 /// A file for dom0.
 #[derive(Clone, Debug)]
 pub struct HostFile {

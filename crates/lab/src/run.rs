@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use lab_agent::message::Exec;
 use witness::disk::{JournalFault, check_journal};
 
-use crate::host::{Assets, Host, HostConfig, HostFile, static_binary};
+use crate::host::{Assets, Host, HostConfig, HostFile, extension_files, static_binary};
 use crate::image::guest;
 use crate::lock::Lock;
 use crate::net::RunClock;
@@ -224,6 +224,9 @@ impl Attempt<'_> {
             };
             host.exec(&serve).context("start the transport for xl migrate")?;
             use_up_domids(host, wish.used_domids)?;
+            if wish.ferry {
+                start_ferry(host)?;
+            }
             for disk in &self.scenario.disks {
                 disks.insert(disk.name.get_ref().clone(), disk_path(host, disk)?);
             }
@@ -272,15 +275,22 @@ impl Attempt<'_> {
                 }
             }
         }
-        let (ours, card) = self.sockets(index);
-        let xenstored = match wish.xenstored {
-            Xenstored::Stock => None,
-            Xenstored::Ferry => Some(vec![format!("{DOM0_FOLDER}/ferry-xenstored")]),
-        };
+        let (port, card) = self.sockets(index);
+        let ours = wish.ferry || wish.xenstored == Xenstored::Ferry;
+        let xenstored = ours.then(|| ["/usr/sbin/xenstored", "--pid-file", "{pidfile}"].map(str::to_owned).to_vec());
         let mut files = files.to_vec();
-        if xenstored.is_some() {
-            let local = static_binary("ferry-xenstored")?;
-            files.push(HostFile { local, remote: format!("{DOM0_FOLDER}/ferry-xenstored"), mode: 0o755 });
+        let mut install = |local: PathBuf, remote: String, mode| files.push(HostFile { local, remote, mode });
+        if ours {
+            install(static_binary("xenstored")?, "/usr/sbin/xenstored".to_owned(), 0o755);
+        }
+        for program in wish.programs.iter().map(String::as_str).chain(wish.ferry.then_some("ferry")) {
+            install(static_binary(program)?, format!("/usr/sbin/{program}"), 0o755);
+        }
+        if wish.ferry {
+            for local in extension_files()? {
+                let name = local.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                install(local, format!("/usr/lib/ferry/hypervisor-ext/{name}"), 0o644);
+            }
         }
         let disks = self
             .scenario
@@ -293,7 +303,7 @@ impl Attempt<'_> {
             dom0_memory_mib: u32::try_from(wish.dom0_memory.as_mib()).context("dom0's memory")?,
             xen_options: wish.xen_options.clone(),
             wallclock_skew_ms: (wish.wallclock_skew.0 * 1e3) as i64,
-            nic: Some(Nic { mac: plan::host_mac(index).0, local: card, remote: ours }),
+            nic: Some(Nic { mac: plan::host_mac(index).0, local: card, remote: port }),
             address: Some(format!("{}/{}", plan::host_addr(index), plan::PREFIX)),
             disks: disks.collect(),
             files,
@@ -382,6 +392,28 @@ fn use_up_domids(host: &Host, count: u16) -> Result<()> {
         "python3 -c 'import xen.lowlevel.xc as x\nc = x.xc()\nfor _ in range({count}):\n c.domain_destroy(c.domain_create())'"
     );
     host.sh(&script).context("use up domids")?;
+    step.done();
+    Ok(())
+}
+
+/// Loads the hypervisor extension and starts Ferry's daemon, as its packages would. An emulated host is too slow for
+/// the usual limit of the blackout.
+fn start_ferry(host: &Host) -> Result<()> {
+    let step = Progress::begin(format!("{}: starting Ferry", Host::name(host)));
+    host.sh(
+        "mkdir -p /etc/ferry && printf '[transport]\ninsecure-tcp = true\n[limits]\ndowntime-ms = 60000\n' \
+         > /etc/ferry/ferry.toml && ferry host load",
+    )
+    .context("load the hypervisor extension")?;
+    let daemon = Exec {
+        argv: vec!["ferry".to_owned(), "daemon".to_owned()],
+        env: vec![("FERRY_LOG".to_owned(), "info".to_owned())],
+        background: Some("/var/log/xen/ferryd.log".to_owned()),
+        ..Exec::default()
+    };
+    host.exec(&daemon).context("start Ferry's daemon")?;
+    host.sh("for i in $(seq 100); do [ -S /run/ferry/ferryd.sock ] && exit 0; sleep 0.1; done; cat /var/log/xen/ferryd.log; exit 1")
+        .context("wait for Ferry's daemon")?;
     step.done();
     Ok(())
 }

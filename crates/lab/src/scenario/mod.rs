@@ -65,6 +65,9 @@ pub struct Host {
     /// Programs of this project, built for dom0, that are put into its PATH.
     #[serde(default)]
     pub programs: Vec<String>,
+    /// Ferry is installed and running: its xenstored from the start, the hypervisor extension loaded, its daemon serving.
+    #[serde(default)]
+    pub ferry: bool,
     /// So many domain ids are used up before the first step, so that the next free one differs from the other host's.
     #[serde(default)]
     pub used_domids: u16,
