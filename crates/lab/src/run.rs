@@ -401,7 +401,7 @@ fn use_up_domids(host: &Host, count: u16) -> Result<()> {
 fn start_ferry(host: &Host) -> Result<()> {
     let step = Progress::begin(format!("{}: starting Ferry", Host::name(host)));
     host.sh(
-        "mkdir -p /etc/ferry && printf '[transport]\ninsecure-tcp = true\n[limits]\ndowntime-ms = 60000\n' \
+        "mkdir -p /etc/ferry && printf 'mode = \"transparent\"\n[transport]\ninsecure-tcp = true\n[limits]\ndowntime-ms = 60000\n' \
          > /etc/ferry/ferry.toml && ferry host load",
     )
     .context("load the hypervisor extension")?;
