@@ -310,10 +310,17 @@ pub fn judge_channels(channels: &(impl Channels + ?Sized), inventory: &Inventory
     }
     let mut others: BTreeMap<u16, u32> = BTreeMap::new();
     for grant in channels.grants(inventory.domid)?.iter().filter(|grant| grant.domid != 0) {
-        *others.entry(grant.domid).or_default() += 1;
+        // A guest may grant pages to itself (to copy between them, say). That moves, but a mapping of its own it would lose.
+        if grant.domid != inventory.domid || grant.in_use {
+            *others.entry(grant.domid).or_default() += 1;
+        }
     }
     for (domid, count) in others {
-        let why = format!("{count} pages are granted to domain {domid}, which does not move with the guest");
+        let why = if domid == inventory.domid {
+            format!("the guest has mapped {count} pages that it granted to itself; mappings do not move")
+        } else {
+            format!("{count} pages are granted to domain {domid}, which does not move with the guest")
+        };
         refused.push(Refusal::new("grant table", why));
     }
     Ok(refused)

@@ -164,11 +164,14 @@ fn channels_to_others_are_refused() {
     guest.ports.insert(11, PortState::Unbound { remote: DomId(9) });
     guest.ports.insert(12, PortState::Interdomain { remote: DomId::DOM0, remote_port: 99 });
     guest.grants.push(Grant { gref: 700, domid: 9, in_use: false });
+    guest.grants.push(Grant { gref: 701, domid: DOM, in_use: false });
+    guest.grants.push(Grant { gref: 702, domid: DOM, in_use: true });
     let text = refusals(&judge_channels(&guest, &found(&host)).unwrap());
     assert_eq!(
         text,
         "event channel 11: it waits for domain 9, which does not move with the guest\n\
          event channel 12: a program in dom0 that is not known holds its other end; stop it (vchan, device model, …)\n\
+         grant table: the guest has mapped 1 pages that it granted to itself; mappings do not move\n\
          grant table: 1 pages are granted to domain 9, which does not move with the guest"
     );
 }
