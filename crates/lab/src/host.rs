@@ -105,7 +105,9 @@ pub fn extension_files() -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for place in &places {
         let entries = std::fs::read_dir(place).into_iter().flatten().flatten();
-        files.extend(entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "livepatch")));
+        files.extend(
+            entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "livepatch")),
+        );
     }
     if files.is_empty() {
         bail!("the hypervisor extension is not built; run `cargo xtask build`");

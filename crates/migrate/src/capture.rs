@@ -2,6 +2,7 @@
 
 use crate::guest::{Grants, GuestState, Shell, ranges};
 use crate::trouble::{Doing, Result};
+use crate::tsc;
 use hypervisor::{
     DomId, DomainConfig, DomainInfo, Gfn, GrantArray, GtState, GuestArea, Hypervisor, MemoryRange, PAGE_SIZE,
 };
@@ -75,8 +76,11 @@ pub fn grants(hv: &dyn Hypervisor, dom: DomId) -> Result<Grants> {
     Ok(Grants { version, gfns, status_gfns: Vec::new(), shared, status: Vec::new() })
 }
 
-/// Reads all that the hypervisor holds of a paused guest besides memory.
-pub fn state(hv: &dyn Hypervisor, dom: DomId, system_time: i64) -> Result<GuestState> {
+/// Reads all that the hypervisor holds of a paused guest besides memory. `system_time` is the guest's at the pause, `paused_at` the host's.
+///
+/// The TSC runs on while a guest is paused, and Xen saves it as it is at the save. It is taken back to the pause here, so that
+/// all clocks of the state are of one moment.
+pub fn state(hv: &dyn Hypervisor, dom: DomId, system_time: i64, paused_at: u64) -> Result<GuestState> {
     let gt = hv.gt_state(dom).doing("read event channels, vCPU areas and clocks")?;
     let mut params = Vec::new();
     for param in PARAMS.iter().filter(|p| p.role != ParamRole::DeviceModel) {
@@ -94,10 +98,16 @@ pub fn state(hv: &dyn Hypervisor, dom: DomId, system_time: i64) -> Result<GuestS
             Some((gfn, page))
         }
     };
+    let mut info = hv.tsc_info(dom)?;
+    info.elapsed_ns = info.elapsed_ns.saturating_sub(hv.now()?.saturating_sub(paused_at));
+    let before = hv.now()?;
+    let context = hv.hvm_context(dom)?;
+    let saved_at = before + hv.now()?.saturating_sub(before) / 2;
+    let since_pause = tsc::ticks(saved_at.saturating_sub(paused_at), info.khz);
     Ok(GuestState {
         vm_assist: hv.vm_assist(dom)?,
-        tsc: hv.tsc_info(dom)?,
-        hvm_context: hv.hvm_context(dom)?,
+        tsc: info,
+        hvm_context: tsc::shifted(&context, tsc::Keep::All, |tsc| tsc.wrapping_sub(since_pause))?,
         params,
         shared_info,
         gt,

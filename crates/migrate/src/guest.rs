@@ -105,9 +105,9 @@ pub struct Grants {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestState {
     pub vm_assist: u64,
-    /// The TSC's mode, rate and, where Xen emulates it, what it has counted; at the capture.
+    /// The TSC's mode, rate and, where Xen emulates it, what it has counted; as of the pause.
     pub tsc: TscInfo,
-    /// HVM save records.
+    /// HVM save records, with the TSC as of the pause.
     pub hvm_context: Vec<u8>,
     /// HVM parameters that are not 0, those that must be set last among them; see [`xen_abi::hvm_op::PARAMS`].
     pub params: Vec<(u32, u64)>,

@@ -8,6 +8,7 @@ pub mod journal;
 pub mod restore;
 pub mod toolstack;
 mod trouble;
+mod tsc;
 pub mod wire;
 
 pub use trouble::{Doing, Result, Trouble};

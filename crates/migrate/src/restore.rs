@@ -7,11 +7,11 @@
 use crate::capture::unmarked_pages;
 use crate::guest::{GfnRange, GuestState, Shell};
 use crate::trouble::{Doing, Result, Trouble};
+use crate::tsc;
 use hypervisor::{Access, DomId, Gfn, GrantArray, GtState, GtStep, Hypervisor, PAGE_SIZE, XenPage};
 use std::mem::offset_of;
 use xen_abi::grant::{EntryV1, GTF_READING, GTF_WRITING};
 use xen_abi::hvm_op::{ParamRole, param};
-use xen_abi::hvm_save::{CODE_CPU, CODE_END, CODE_HEADER, Cpu, push_record, records};
 
 /// How often the control domain's pause count is raised, on both copies: one more than a single `xl unpause` takes back.
 pub const PAUSES: u32 = 2;
@@ -72,8 +72,8 @@ pub fn populate(hv: &dyn Hypervisor, dom: DomId, ram: &[GfnRange]) -> Result<()>
 }
 
 /// The incarnation counts moves; Xen adds one by itself, [`Hypervisor::set_tsc_info`] makes up for it.
-fn set_tsc(hv: &dyn Hypervisor, dom: DomId, tsc: hypervisor::TscInfo) -> Result<()> {
-    Ok(hv.set_tsc_info(dom, &tsc)?)
+fn set_tsc(hv: &dyn Hypervisor, dom: DomId, info: hypervisor::TscInfo) -> Result<()> {
+    Ok(hv.set_tsc_info(dom, &info)?)
 }
 
 /// Grant table, shared_info, event channels, parameters: what must be in place before vCPUs have a context.
@@ -169,10 +169,12 @@ pub fn clocks(hv: &dyn Hypervisor, dom: DomId, state: &GuestState, away_ns: u64)
         vcpu.runstate = vcpu.runstate.at(guest_now);
     }
     hv.set_gt_state(dom, GtStep::ClockOffset, &gt)?;
-    let mut tsc = state.tsc;
-    tsc.elapsed_ns = tsc.elapsed_ns.saturating_add(away_ns);
-    set_tsc(hv, dom, tsc)?;
-    hv.set_hvm_context(dom, &advanced_cpus(&state.hvm_context, tsc_ticks(away_ns, tsc.khz))?).doing("set the TSC")?;
+    let mut info = state.tsc;
+    info.elapsed_ns = info.elapsed_ns.saturating_add(away_ns);
+    set_tsc(hv, dom, info)?;
+    let ticks = tsc::ticks(away_ns, info.khz);
+    let cpus = tsc::shifted(&state.hvm_context, tsc::Keep::Cpus, |tsc| tsc.wrapping_add(ticks))?;
+    hv.set_hvm_context(dom, &cpus).doing("set the TSC")?;
     hv.set_gt_state(dom, GtStep::VcpuTimes, &gt)?;
     Ok(())
 }
@@ -185,31 +187,6 @@ pub fn watchdogs(hv: &dyn Hypervisor, dom: DomId, gt: &GtState) -> Result<()> {
     Ok(hv.set_gt_state(dom, GtStep::Watchdogs, gt)?)
 }
 
-fn tsc_ticks(ns: u64, khz: u32) -> u64 {
-    u64::try_from(u128::from(ns) * u128::from(khz) / 1_000_000).unwrap_or(u64::MAX)
-}
-
-/// A context of nothing but the vCPUs, their TSCs advanced.
-fn advanced_cpus(context: &[u8], ticks: u64) -> Result<Vec<u8>> {
-    let mut advanced = Vec::new();
-    for record in records(context)? {
-        match record.code {
-            CODE_HEADER => push_record(&mut advanced, record.code, record.instance, record.payload),
-            CODE_CPU => {
-                let mut cpu: Cpu =
-                    record.get().ok_or_else(|| Trouble::new("a CPU record of the HVM context is too short"))?;
-                cpu.tsc = cpu.tsc.wrapping_add(ticks);
-                let bytes = zerocopy::IntoBytes::as_bytes(&cpu);
-                let rest = record.payload.get(bytes.len()..).unwrap_or_default();
-                push_record(&mut advanced, record.code, record.instance, &[bytes, rest].concat());
-            }
-            _ => {}
-        }
-    }
-    push_record(&mut advanced, CODE_END, 0, &[]);
-    Ok(advanced)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -219,11 +196,5 @@ mod tests {
         let entry = |flags: u16| [&flags.to_le_bytes()[..], &[7, 0, 1, 2, 3, 4]].concat();
         let before = [entry(1 | 4 | GTF_READING | GTF_WRITING), entry(0x101 | GTF_READING)].concat();
         assert_eq!(without_use(&before), [entry(1 | 4), entry(0x101)].concat());
-    }
-
-    #[test]
-    fn ticks_of_long_absences_do_not_overflow() {
-        assert_eq!(tsc_ticks(1_000_000_000, 2_000_000), 2_000_000_000);
-        assert_eq!(tsc_ticks(86_400_000_000_000 * 365, 3_000_000), 3_000_000_000 * 86_400 * 365);
     }
 }

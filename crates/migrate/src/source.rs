@@ -938,7 +938,7 @@ impl Run {
         let mut bitmap = self.bitmap()?;
         hv.log_dirty_clean(dom, &mut bitmap, true)?;
         bitmap.union(&self.precopy.left_over);
-        let mut state = capture::state(&*hv, dom, before.guest_now_ns())?;
+        let mut state = capture::state(&*hv, dom, before.guest_now_ns(), self.paused_at_ns)?;
         state.gt.watchdogs = before.watchdogs;
         for gfn in
             capture::unmarked_pages(&state.params, &state.gt).into_iter().chain(capture::granted_pages(&state.grants))

@@ -3,6 +3,9 @@
 //! A reverse-ARP broadcast from the guest's address makes every switch on the way learn the new port; nobody answers it.
 //! Where the toolstack knows the vif's IPv4 addresses (its `ip` node), a gratuitous ARP for each goes out too. They leave
 //! by the bridge, so that the host's own card carries them out.
+//!
+//! The bridge of this host must be told apart: it had learned that the guest is out behind the host's card, does not learn from what
+//! it sends itself, and drops a frame that would go back to where it came from. A guest that only receives would stay cut off.
 
 use std::net::Ipv4Addr;
 
@@ -75,6 +78,11 @@ pub fn announce(machine: &dyn Machine, devices: &[Device]) -> Result<()> {
         let Some(bridge) = device.node("bridge").filter(|bridge| !bridge.is_empty() && !frames.is_empty()) else {
             continue;
         };
+        if let Some(mac) = device.node("mac").and_then(parse_mac)
+            && let Err(source) = machine.teach_bridge(&device.netdev(), mac)
+        {
+            errors.push(Error::Machine { what: format!("teach {bridge} where {} is", device.bus_id()), source });
+        }
         if let Err(source) = machine.send_frames(bridge, &frames) {
             errors.push(Error::Machine { what: format!("announce {} on {bridge}", device.bus_id()), source });
         }

@@ -152,6 +152,13 @@ impl Machine for Dom0 {
         fs::read_to_string(format!("/sys/module/{module}/parameters/{name}")).ok()?.trim().parse().ok()
     }
 
+    fn teach_bridge(&self, device: &str, address: [u8; 6]) -> io::Result<()> {
+        let address = address.map(|byte| format!("{byte:02x}")).join(":");
+        let arguments = ["fdb", "replace", &address, "dev", device, "master", "dynamic"].map(str::to_owned).to_vec();
+        let script = Script { program: "bridge".to_owned(), arguments, environment: Vec::new() };
+        run(&script, TEACH_LIMIT).map_err(|what| io::Error::other(format!("bridge fdb replace: {what}")))
+    }
+
     fn send_frames(&self, device: &str, frames: &[Vec<u8>]) -> io::Result<()> {
         let index: i32 = fs::read_to_string(format!("/sys/class/net/{device}/ifindex"))?
             .trim()
@@ -197,6 +204,9 @@ impl Machine for Dom0 {
         std::thread::sleep(time);
     }
 }
+
+/// `bridge` only exchanges a message with the kernel.
+const TEACH_LIMIT: Duration = Duration::from_secs(10);
 
 fn run(script: &Script, limit: Duration) -> Result<(), String> {
     let mut child = Command::new(&script.program)

@@ -72,6 +72,8 @@ pub trait Machine: Sync {
     fn block_device(&self, path: &str) -> io::Result<BlockDevice>;
     /// A parameter of a module of dom0's kernel, "xen_blkback", "max_queues". `None` if there is none.
     fn module_parameter(&self, module: &str, name: &str) -> Option<u32>;
+    /// Teaches the bridge of a network device that this address is behind it, whatever it had learned before.
+    fn teach_bridge(&self, device: &str, address: [u8; 6]) -> io::Result<()>;
     /// Sends whole Ethernet frames out of a network device, in order.
     fn send_frames(&self, device: &str, frames: &[Vec<u8>]) -> io::Result<()>;
     /// The present time.

@@ -300,8 +300,9 @@ fn a_host_that_fits_prepares_and_connects_and_the_guest_finds_what_it_left() {
     assert_eq!(host.get("/local/domain/0/backend/vbd/7/51712/physical-device").as_deref(), Some("fe:10"));
     assert_eq!(host.get("/local/domain/0/backend/vbd/7/51712/feature-new"), None);
     announce(&host, &found.devices).unwrap();
-    let frames = &host.state.lock().unwrap().frames;
-    assert_eq!((frames.len(), frames[0].0.as_str()), (1, "xenbr0"));
+    let state = host.state.lock().unwrap();
+    assert_eq!((state.frames.len(), state.frames[0].0.as_str()), (1, "xenbr0"));
+    assert_eq!(state.taught.iter().map(|(device, _)| device.as_str()).collect::<Vec<_>>(), ["vif7.0"]);
 }
 
 #[test]

@@ -28,6 +28,8 @@ pub struct State {
     pub bridges: BTreeSet<String>,
     pub bridge_ports: BTreeMap<String, BridgePort>,
     pub frames: Vec<(String, Vec<u8>)>,
+    /// Addresses that a bridge was taught, with the port's device.
+    pub taught: Vec<(String, [u8; 6])>,
     pub max_queues: u32,
     pub script_fails: bool,
 }
@@ -289,6 +291,11 @@ impl Machine for Host {
 
     fn module_parameter(&self, _module: &str, name: &str) -> Option<u32> {
         Some(if name == "max_queues" { self.state.lock().unwrap().max_queues } else { 4 })
+    }
+
+    fn teach_bridge(&self, device: &str, address: [u8; 6]) -> io::Result<()> {
+        self.state.lock().unwrap().taught.push((device.to_owned(), address));
+        Ok(())
     }
 
     fn send_frames(&self, device: &str, frames: &[Vec<u8>]) -> io::Result<()> {
