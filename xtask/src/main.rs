@@ -10,7 +10,7 @@ use std::ffi::OsString;
 use std::process::{Command, ExitCode};
 
 /// The scenario that `demo` runs.
-const DEMO: &str = "baseline-migrate";
+const DEMO: &str = "migrate-pvh";
 
 /// The project's tasks.
 #[derive(Debug, Parser)]
@@ -49,6 +49,9 @@ enum Task {
         /// Leave out what needs the lab.
         #[arg(long)]
         quick: bool,
+        /// Run every scenario, not only those that each change must pass.
+        #[arg(long, conflicts_with = "quick")]
+        all: bool,
     },
     /// Time something against its stock counterpart.
     Bench {
@@ -76,7 +79,14 @@ fn main() -> ExitCode {
             extension::make_table(source, symbols, config).map(|()| ExitCode::SUCCESS)
         }
         Task::Demo => lab(&["run".into(), DEMO.into()]),
-        Task::Test { quick } => checks::run(quick).map(|()| ExitCode::SUCCESS),
+        Task::Test { quick, all } => {
+            let extent = match (quick, all) {
+                (true, _) => checks::Extent::Quick,
+                (_, true) => checks::Extent::All,
+                _ => checks::Extent::Usual,
+            };
+            checks::run(extent).map(|()| ExitCode::SUCCESS)
+        }
         Task::Bench { what, arguments } => bench(&what, &arguments),
         Task::Lab { arguments } => lab(&arguments),
     };

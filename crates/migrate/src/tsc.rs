@@ -45,6 +45,7 @@ pub fn shifted(context: &[u8], keep: Keep, change: impl Fn(u64) -> u64) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use xen_abi::hvm_save::{FILE_MAGIC, FILE_VERSION, Header};
     use zerocopy::{FromZeros, IntoBytes};
 
     #[test]
@@ -56,7 +57,8 @@ mod tests {
     #[test]
     fn only_the_tsc_changes() {
         let mut context = Vec::new();
-        push_record(&mut context, CODE_HEADER, 0, &[7; 8]);
+        let header = Header { magic: FILE_MAGIC, version: FILE_VERSION, ..Header::new_zeroed() };
+        push_record(&mut context, CODE_HEADER, 0, header.as_bytes());
         let mut cpu = Cpu::new_zeroed();
         cpu.rip = 0x1234;
         cpu.tsc = 1000;
