@@ -81,7 +81,11 @@ fn checks(extent: Extent) -> Result<Vec<Check>> {
             cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"])
         }),
         check("layout of the source (rustfmt)", || cargo(&["fmt", "--all", "--check"])),
-        check("unit and model tests", || cargo(&["test", "--quiet", "--workspace"])),
+        check("unit and model tests", || {
+            // The same generated cases each time, so that a change is judged by what it changed. `PROPTEST_RNG_SEED` draws others.
+            let seed = std::env::var("PROPTEST_RNG_SEED").unwrap_or_else(|_| "1".to_owned());
+            build::run(build::cargo()?.args(["test", "--quiet", "--workspace"]).env("PROPTEST_RNG_SEED", seed))
+        }),
         check("documentation builds, links hold", || {
             build::run(
                 build::cargo()?

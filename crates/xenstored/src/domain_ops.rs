@@ -248,6 +248,10 @@ impl Store {
         if domid == 0 {
             return;
         }
+        // The root may have been given to the domain. It stays, or everybody's nodes would go with it.
+        if self.tree.get(b"/").is_some_and(|root| root.owner() == domid) {
+            self.orphan(b"/", domid);
+        }
         // Most lie here: then the rest of the tree needs no look.
         let home = format!("/local/domain/{domid}");
         for at in [home.as_bytes(), b"/"] {

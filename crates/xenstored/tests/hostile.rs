@@ -177,3 +177,16 @@ fn a_header_that_never_ends_and_an_open_transaction_cost_the_others_nothing() {
     assert_eq!(w.read(b, "x"), Ok("1".into()));
     assert_eq!(w.store.wants(a, 0), 1);
 }
+
+#[test]
+fn the_root_outlives_the_domain_that_it_was_given_to() {
+    let mut w = World::new(Options::default());
+    let t = w.tool();
+    w.guest(t, 1);
+    w.write(t, "/elsewhere", "kept").unwrap();
+    w.req(t, Op::SetPerms, 0, &["/", "b1"]).unwrap();
+    w.host.domains.remove(&1);
+    w.store.check_domains(&mut w.host);
+    assert_eq!(w.store.check(), Vec::<String>::new());
+    assert_eq!(w.read(t, "/elsewhere"), Ok("kept".into()));
+}
