@@ -395,8 +395,14 @@ fn port(d: Domain, wanted: &PortState) -> Result<(), Refusal> {
     if wanted.state == port_state::FREE {
         return close(d, wanted.port);
     }
-    if !matches!(wanted.state, port_state::UNBOUND | port_state::VIRQ | port_state::IPI | port_state::PIRQ) {
+    if !matches!(
+        wanted.state,
+        port_state::UNBOUND | port_state::INTERDOMAIN | port_state::VIRQ | port_state::IPI | port_state::PIRQ
+    ) {
         return Err(refuse(EOPNOTSUPP, Fault::PORT_STATE));
+    }
+    if wanted.state == port_state::INTERDOMAIN {
+        check_pair(d, wanted)?;
     }
     if wanted.priority > 15 || wanted.last_priority > 15 {
         return Err(refuse(EINVAL, Fault::PORT_PRIORITY));
@@ -453,6 +459,10 @@ fn give_kind(d: Domain, v: Vcpu, wanted: &PortState) -> Result<(), Refusal> {
     };
     let _held = d.event_lock();
     let evtchn = d.evtchn(wanted.port).ok_or(refuse(ENOENT, Fault::PORT))?;
+    if wanted.state == port_state::INTERDOMAIN {
+        connect(d, evtchn, wanted)?;
+        return finish(d, evtchn, wanted);
+    }
     if evtchn.state() != port_state::UNBOUND {
         // A backend that was faster than its toolstack: it has bound the port, whose kind is then right already.
         return if wanted.state == port_state::UNBOUND {
@@ -477,6 +487,48 @@ fn give_kind(d: Domain, v: Vcpu, wanted: &PortState) -> Result<(), Refusal> {
         // Last: from here on Xen raises it.
         compiler_fence(Ordering::SeqCst);
         v.set::<u32>(t::V_VIRQ + wanted.irq as usize % t::NR_VIRQS_ * 4, wanted.port);
+    }
+    Ok(())
+}
+
+/// A port whose other end is in the same domain: the other end is not there yet, or waits for the domain itself.
+fn check_pair(d: Domain, wanted: &PortState) -> Result<(), Refusal> {
+    if wanted.remote_domid != d.id() {
+        return Err(refuse(EOPNOTSUPP, Fault::PORT_REMOTE));
+    }
+    if wanted.remote_port == 0 || wanted.remote_port == wanted.port || wanted.remote_port > i32::MAX as u32 {
+        return Err(refuse(EINVAL, Fault::PORT_REMOTE));
+    }
+    let _held = d.event_lock();
+    match d.evtchn(wanted.remote_port) {
+        None => Ok(()),
+        Some(other) if other.state() == port_state::FREE || waits_for_itself(d, other) => Ok(()),
+        Some(_) => Err(refuse(EBUSY, Fault::PORT_REMOTE)),
+    }
+}
+
+fn waits_for_itself(d: Domain, evtchn: Evtchn) -> bool {
+    evtchn.state() == port_state::UNBOUND && !evtchn.consumer_is_xen() && evtchn.get::<u16>(t::E_UNBOUND_DOMID) == d.id()
+}
+
+/// Connects the just made port, which waits for the domain itself, with its other end if that is there and waits too. Both ends change
+/// together, because Xen stops the host when it closes a port whose other end does not lead back. The event lock is held.
+fn connect(d: Domain, evtchn: Evtchn, wanted: &PortState) -> Result<(), Refusal> {
+    let Some(other) = d.evtchn(wanted.remote_port) else { return Ok(()) };
+    if other.state() == port_state::FREE {
+        return Ok(());
+    }
+    if !waits_for_itself(d, evtchn) || !waits_for_itself(d, other) {
+        return Err(refuse(EBUSY, Fault::PORT_REMOTE));
+    }
+    // In the order of their addresses, as `double_evtchn_lock()` does. They are two: `check_pair` refused a port that leads to itself.
+    let (first, second) = if (evtchn.0 as usize) < (other.0 as usize) { (evtchn, other) } else { (other, evtchn) };
+    let _first = first.lock();
+    let _second = second.lock();
+    for (end, port) in [(evtchn, wanted.remote_port), (other, wanted.port)] {
+        end.set::<*mut u8>(t::E_REMOTE_DOM, d.0);
+        end.set::<u32>(t::E_REMOTE_PORT, port);
+        end.set::<u8>(t::E_STATE, port_state::INTERDOMAIN);
     }
     Ok(())
 }

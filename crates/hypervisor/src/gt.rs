@@ -64,7 +64,7 @@ pub enum GtPortKind {
     Unbound {
         remote: DomId,
     },
-    /// On a set the port becomes unbound for `remote`, whose backend binds it again.
+    /// On a set the port becomes unbound for `remote`, whose backend binds it again. A pair within the guest is connected again.
     Interdomain {
         remote: DomId,
         remote_port: Port,

@@ -17,7 +17,7 @@ use crate::source::{GoDetails, StepsDetails, WhyDetails, kebab};
 use crate::toolstack::Luggage;
 use crate::trouble::{Doing, Result, Trouble};
 use crate::wire::{Frame, Said};
-use hypervisor::{DomId, Gfn, PAGE_SIZE};
+use hypervisor::{DomId, Gfn, GtPortKind, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -705,8 +705,8 @@ impl Run {
         self.host.toolstack.go(&offer, luggage).doing("connect the backends")?;
         self.timeline.mark("connect backends, store and console");
         for port in &state.gt.ports {
-            // Events that the backend sent into the void while it was away; one too many is allowed.
-            if matches!(port.kind, hypervisor::GtPortKind::Interdomain { .. } | hypervisor::GtPortKind::Unbound { .. })
+            // Events that the backend sent into the void while it was away; one too many is allowed. Within the guest none was lost.
+            if matches!(port.kind, GtPortKind::Interdomain { remote, .. } | GtPortKind::Unbound { remote } if remote != dom)
                 && let Err(error) = hv.raise_guest_port(dom, port.port)
             {
                 tracing::debug!("{}: raise port {}: {error}", self.title(), port.port);

@@ -555,7 +555,8 @@ pub mod port_state {
     pub const RESERVED: u8 = 1;
     /// Waits for [`super::PortState::remote_domid`] to bind. The only form in which SET makes a port that leads to another domain.
     pub const UNBOUND: u8 = 2;
-    /// Bound to [`super::PortState::remote_port`] of [`super::PortState::remote_domid`].
+    /// Bound to [`super::PortState::remote_port`] of [`super::PortState::remote_domid`]. In a SET the domain must be the port's own: the first
+    /// end to come waits for the domain itself, and the second is connected to it.
     pub const INTERDOMAIN: u8 = 3;
     /// Bound to the pirq in [`super::PortState::irq`].
     pub const PIRQ: u8 = 4;

@@ -193,10 +193,17 @@ fn show(state: &State) {
     }
 }
 
-/// What a SET makes of a port that was read: an interdomain one comes back unbound; what is in guest memory is not set.
-fn to_set(p: &PortState) -> PortState {
-    let state = if p.state == port_state::INTERDOMAIN { port_state::UNBOUND } else { p.state };
-    PortState { state, flags: p.flags & port_flags::PENDING_EARLY, remote_port: 0, word: 0, ..*p }
+/// What a SET into `to` makes of a port of `from`: an interdomain one comes back unbound, but for a pair within the domain, which goes along;
+/// what is in guest memory is not set.
+fn to_set(p: &PortState, from: u16, to: u16) -> PortState {
+    let flags = p.flags & port_flags::PENDING_EARLY;
+    let remote_domid = if p.remote_domid == from { to } else { p.remote_domid };
+    match p.state {
+        port_state::INTERDOMAIN if p.remote_domid == from => PortState { flags, remote_domid, word: 0, ..*p },
+        port_state::INTERDOMAIN => PortState { state: port_state::UNBOUND, flags, remote_port: 0, word: 0, ..*p },
+        port_state::UNBOUND => PortState { flags, remote_domid, word: 0, ..*p },
+        _ => PortState { flags, word: 0, ..*p },
+    }
 }
 
 /// SETs all that was read from one domain into another, in the order of a restore, and reads it back.
@@ -228,7 +235,7 @@ fn copy(host: &XenHost, from: u16, to: u16) -> Outcome<()> {
         .ports
         .iter()
         .filter(|p| p.state != port_state::RESERVED && p.flags & port_flags::XEN == 0)
-        .map(to_set)
+        .map(|p| to_set(p, from, to))
         .collect();
     for part in ports.chunks(100) {
         set_list(host, to, op::SET_PORTS, part)?.good("ports")?;
@@ -281,10 +288,10 @@ fn copy(host: &XenHost, from: u16, to: u16) -> Outcome<()> {
         };
         compare(format!("vcpu {}", a.id), format!("{:x?}", plain(a)), format!("{:x?}", plain(b)));
     }
-    let ours = |ports: &[PortState]| -> Vec<PortState> {
-        ports.iter().filter(|p| p.flags & port_flags::XEN == 0).map(|p| PortState { word: 0, ..to_set(p) }).collect()
+    let ours = |ports: &[PortState], of: u16| -> Vec<PortState> {
+        ports.iter().filter(|p| p.flags & port_flags::XEN == 0).map(|p| to_set(p, of, to)).collect()
     };
-    compare("ports".into(), format!("{:?}", ours(&s.ports)), format!("{:?}", ours(&back.ports)));
+    compare("ports".into(), format!("{:?}", ours(&s.ports, from)), format!("{:?}", ours(&back.ports, to)));
     compare("pirqs".into(), format!("{:?}", s.pirqs), format!("{:?}", back.pirqs));
     for line in &differ {
         println!("DIFFER {line}");
@@ -391,8 +398,17 @@ fn bad(host: &XenHost, paused: u16, running: u16) -> Outcome<()> {
         "interdomain port",
         set_list(host, paused, op::SET_PORTS, &[port(free, port_state::INTERDOMAIN)]),
         Errno::EOPNOTSUPP,
-        Fault::PORT_STATE,
+        Fault::PORT_REMOTE,
     );
+    for (what, remote_port, errno) in [
+        ("pair with port 0", 0, Errno::EINVAL),
+        ("pair of a port with itself", free, Errno::EINVAL),
+        ("pair with a port far past the limit", u32::MAX, Errno::EINVAL),
+        ("pair with a port that is taken", taken, Errno::EBUSY),
+    ] {
+        let pair = PortState { remote_domid: paused, remote_port, ..port(free, port_state::INTERDOMAIN) };
+        expect(what, set_list(host, paused, op::SET_PORTS, &[pair]), errno, Fault::PORT_REMOTE);
+    }
     expect(
         "unknown state",
         set_list(host, paused, op::SET_PORTS, &[port(free, 200)]),

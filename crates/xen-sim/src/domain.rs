@@ -97,7 +97,7 @@ impl Domain {
     }
 
     /// What a PVH guest under way looks like: FIFO event channels, vcpu_info of its own, store and console.
-    pub fn boot(&mut self, program: Program, host_now: i64) {
+    pub fn boot(&mut self, dom: DomId, program: Program, host_now: i64) {
         self.pages = (0..program.pages).map(|gfn| (Gfn(gfn), None)).collect();
         self.max_mem_kib = program.pages * 4;
         self.paging_pool = 1 << 20;
@@ -130,6 +130,8 @@ impl Domain {
             port(2, GtPortKind::Interdomain { remote: dom0, remote_port: 21 }, 0),
             port(3, GtPortKind::Virq(0), 0),
             port(5, GtPortKind::Ipi, 1),
+            port(6, GtPortKind::Interdomain { remote: dom, remote_port: 8 }, 1),
+            port(8, GtPortKind::Interdomain { remote: dom, remote_port: 6 }, 0),
         ];
         self.gt.event_array = Some(vec![Gfn(8)]);
         self.gt.vcpus = (0..self.vcpus)

@@ -93,7 +93,7 @@ impl SimXen {
             misc_flags: 0,
         };
         let mut domain = Domain::new(config);
-        domain.boot(program, self.clock());
+        domain.boot(dom, program, self.clock());
         lock(&self.inner).domains.insert(dom, domain);
         self.world.set_running(uuid, &self.name, true);
     }
@@ -642,7 +642,9 @@ impl Hypervisor for SimXen {
                 GtStep::Ports => {
                     d.gt.ports = state.ports.clone();
                     for port in &mut d.gt.ports {
-                        if let GtPortKind::Interdomain { remote, .. } = port.kind {
+                        if let GtPortKind::Interdomain { remote, .. } = port.kind
+                            && remote != dom
+                        {
                             port.kind = GtPortKind::Unbound { remote };
                         }
                     }
@@ -692,6 +694,10 @@ impl SimXen {
         self.with("EVTCHNOP_bind_interdomain", dom, |d| {
             for port in &mut d.gt.ports {
                 port.kind = match port.kind {
+                    // The service domain has no business with a pair within the guest.
+                    GtPortKind::Unbound { remote } | GtPortKind::Interdomain { remote, .. } if remote == dom => {
+                        port.kind
+                    }
                     GtPortKind::Unbound { remote } if bound => {
                         GtPortKind::Interdomain { remote, remote_port: port.port + 40 }
                     }

@@ -1,6 +1,6 @@
 //! The engine from end to end over two simulated hosts: moves, refusals, limits, and every planted fault.
 
-use hypervisor::{DomId, Gfn, Hypervisor};
+use hypervisor::{DomId, Gfn, GtPortKind, Hypervisor};
 use migrate::Limits;
 use migrate::destination::{Destinations, role_of};
 use migrate::host::{Fault, Faults, Host, Timeouts};
@@ -215,6 +215,12 @@ fn a_guest_moves_whole() {
     // T4, T5, T6.
     let numbers = |gt: &hypervisor::GtState| gt.ports.iter().map(|p| (p.port, p.vcpu, p.priority)).collect::<Vec<_>>();
     assert_eq!(numbers(&after), numbers(&before));
+    let within = |gt: &hypervisor::GtState| {
+        let leads_here = |kind: &GtPortKind| matches!(kind, GtPortKind::Interdomain { remote, .. } if *remote == DOM);
+        gt.ports.iter().filter(|p| leads_here(&p.kind)).map(|p| (p.port, p.kind)).collect::<Vec<_>>()
+    };
+    assert_eq!(within(&after), within(&before), "a pair within the guest is connected");
+    assert_eq!(within(&after).len(), 2);
     assert_eq!(after.vcpus[1].vcpu_info, before.vcpus[1].vcpu_info);
     assert_eq!(after.vcpus[0].fifo, before.vcpus[0].fifo);
     assert_eq!(after.event_array, before.event_array);
