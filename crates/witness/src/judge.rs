@@ -313,6 +313,7 @@ pub fn diff(before: &Snapshot, after: &Snapshot) -> Vec<Finding> {
     for (promise, what, b, a) in [
         (Promise::T3, "store errors", b.store_errors, a.store_errors),
         (Promise::T3, "failed transactions", b.tx_failed, a.tx_failed),
+        (Promise::T4, "events lost on the own channel", b.events_lost, a.events_lost),
         (Promise::T5, "failed copies through own grants", b.grant_bad, a.grant_bad),
         (Promise::T8, "wrong disk sectors or failed requests", b.disk_bad, a.disk_bad),
         (Promise::T9, "TCP streams broken", b.tcp_breaks, a.tcp_breaks),
@@ -361,7 +362,8 @@ fn exercised(promise: Promise, e: &Evidence<'_>) -> Result<String, String> {
         }
         Promise::T4 => {
             both("event channels", &b.ports, &a.ports)?;
-            Ok(format!("{} ports compared", b.ports.seen().map_or(0, Vec::len)))
+            let events = grew("events through the own channel", bc.events_back, ac.events_back)?;
+            Ok(format!("{} ports compared, {events}", b.ports.seen().map_or(0, Vec::len)))
         }
         Promise::T5 => {
             both("the grant table", &b.grants, &a.grants)?;
@@ -638,6 +640,8 @@ mod tests {
             watch_writes: 9,
             tx_committed: 2,
             grant_copies: 5,
+            events_sent: 20,
+            events_back: 20,
             clock_reads: 100,
             ticks: 100,
             pages: 10,
@@ -688,7 +692,7 @@ mod tests {
         let after = Snapshot { counters: calm_guest().counters, ..later() };
         let v = verdicts(&after, &[], None);
         let idle: Vec<Promise> = v.iter().filter(|v| v.outcome == Outcome::NotExercised).map(|v| v.promise).collect();
-        assert_eq!(idle, [Promise::T3, Promise::T5, Promise::T7, Promise::T8, Promise::T9, Promise::T10]);
+        assert_eq!(idle, [Promise::T3, Promise::T4, Promise::T5, Promise::T7, Promise::T8, Promise::T9, Promise::T10]);
     }
 
     #[test]
@@ -735,6 +739,7 @@ mod tests {
                 }
             }),
             (Promise::T4, |s| s.interrupts[0].irq = "25".into()),
+            (Promise::T4, |s| s.counters.events_lost = 1),
             (Promise::T5, |s| s.counters.grant_bad = 1),
             (Promise::T5, |s| {
                 if let Item::Seen(g) = &mut s.grants {

@@ -9,6 +9,7 @@ mod boot;
 mod clock;
 mod context;
 mod counters;
+mod events;
 mod kmsg;
 mod look;
 mod memory;
@@ -137,6 +138,7 @@ fn run() -> Result<(), String> {
     }
     let xen = Arc::new(Mutex::new(look::XenSide::open(ctx.config.seed, vcpus as u32)));
     wrong.extend(lock(&xen).absent());
+    wrong.extend(events::start(&ctx).err().map(|e| format!("own event channel: {e}")));
     wrong.extend(store::start(&ctx).err());
     let disk = block::start(&ctx).unwrap_or_else(|e| {
         wrong.push(e);
