@@ -169,6 +169,7 @@ fn vcpu_state(d: Domain, v: Vcpu) -> VcpuState {
     }
     s.hvm_stime_offset = v.get(t::V_HVM_STIME_OFFSET);
     s.tsc_offset = v.get(t::V_TSC_OFFSET);
+    (s.tsc, s.tsc_at) = clock::guest_tsc(d, v);
     s
 }
 

@@ -184,6 +184,9 @@ pub fn vcpu(d: Domain, request: &Request, progress: &mut Progress) -> Result<(),
     if fields & vcpu_fields::PERIODIC != 0 {
         set_periodic(d, v, &wanted);
     }
+    if fields & vcpu_fields::TSC != 0 {
+        clock::set_guest_tsc(d, v, wanted.tsc, wanted.tsc_at);
+    }
     progress.done = 1;
     Ok(())
 }
@@ -244,6 +247,9 @@ fn check_vcpu(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusal> {
         && !near(wanted.singleshot_expires)
     {
         return Err(refuse(EINVAL, Fault::SINGLESHOT));
+    }
+    if fields & vcpu_fields::TSC != 0 && !near(wanted.tsc_at) {
+        return Err(refuse(EINVAL, Fault::TSC));
     }
     if fields & vcpu_fields::PERIODIC != 0 {
         // Xen's own limits for VCPUOP_set_periodic_timer.

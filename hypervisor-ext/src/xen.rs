@@ -52,6 +52,14 @@ unsafe extern "C" {
     pub fn update_secondary_system_time(v: *mut u8, time: *const u8) -> bool;
     pub fn gtime_to_gtsc(d: *mut u8, time: u64) -> u64;
     pub fn hvm_scale_tsc(d: *mut u8, tsc: u64) -> u64;
+    /// Host's system time at a TSC of this CPU.
+    pub fn get_s_time_fixed(at_tsc: u64) -> i64;
+    /// What the guest would have read at a TSC of this CPU; it knows whether the guest's TSC is emulated.
+    pub fn hvm_get_guest_tsc_fixed(v: *mut u8, at_tsc: u64) -> u64;
+    #[link_name = "arch/x86/hvm/svm/svm.c#svm_set_tsc_offset"]
+    fn svm_set_tsc_offset(v: *mut u8, offset: u64, at_tsc: u64);
+    #[link_name = "arch/x86/hvm/vmx/vmx.c#vmx_set_tsc_offset"]
+    fn vmx_set_tsc_offset(v: *mut u8, offset: u64, at_tsc: u64);
     pub fn vcpu_runstate_get(v: *mut u8, out: *mut u8);
     pub fn evtchn_alloc_unbound(alloc: *mut AllocUnbound, port: u32) -> i32;
     pub fn evtchn_close(d: *mut u8, port: i32, guest: bool) -> i32;
@@ -167,6 +175,24 @@ pub fn is_svm() -> bool {
         let name: *const u8 = load(&raw const HVM_FUNCS, t::HF_NAME);
         !name.is_null() && load::<[u8; 4]>(name, 0) == *b"SVM\0"
     }
+}
+
+/// `hvm_funcs.set_tsc_offset`, without the call through a pointer.
+pub fn set_tsc_offset(v: Vcpu, offset: u64) {
+    unsafe {
+        if is_svm() {
+            svm_set_tsc_offset(v.0, offset, 0);
+        } else {
+            vmx_set_tsc_offset(v.0, offset, 0);
+        }
+    }
+}
+
+/// This CPU's TSC, read neither before nor after what stands around it.
+pub fn rdtsc() -> u64 {
+    let (low, high): (u32, u32);
+    unsafe { core::arch::asm!("lfence", "rdtsc", "lfence", out("eax") low, out("edx") high, options(nostack, preserves_flags)) };
+    u64::from(high) << 32 | u64::from(low)
 }
 
 pub fn tsc_scaling_supported() -> bool {

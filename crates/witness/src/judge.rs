@@ -18,7 +18,7 @@
 //! slow, not that a clock is wrong or a watchdog bit. They are listed in the evidence either way, never dropped.
 
 use crate::disk::JournalFault;
-use crate::klog::{LineClass, reaches_back_ms};
+use crate::klog::{self, LineClass, reaches_back_ms};
 use crate::report::{Anomaly, KernelLine, Noticed, Promise, Snapshot};
 use crate::store_rules::may_change;
 use serde::{Deserialize, Serialize};
@@ -401,18 +401,25 @@ fn exercised(promise: Promise, e: &Evidence<'_>) -> Result<String, String> {
     }
 }
 
+/// A clock that is given up for slow reading is named so in the same run of the kernel's clock watchdog, printing included.
+const SAME_WATCHDOG_RUN_US: u64 = 500_000;
+
 /// Applies the rule for lockup, stall and clock lines (see the module): the lines charged to the move, and the emulator's.
 pub fn sort_stalls<'a>(
     lines: impl Iterator<Item = &'a KernelLine>,
     window: Option<Window>,
     calm: &Calm,
 ) -> (Vec<&'a KernelLine>, Vec<&'a KernelLine>) {
-    let stalls = lines.filter(|l| l.class.by_starving());
+    let stalls: Vec<_> = lines.filter(|l| l.class.by_starving()).collect();
+    let slow_reading: Vec<u64> = stalls.iter().filter(|l| klog::gives_up_reading(&l.text)).map(|l| l.at_us).collect();
+    let stalls = stalls.into_iter();
     let Some(window) = window else { return (Vec::new(), stalls.collect()) };
     let end = window.to_ns.saturating_add(SETTLE_NS);
     let (within, mut emulator): (Vec<_>, Vec<_>) = stalls.partition(|l| {
         let at = l.at_us.saturating_mul(1000);
-        if l.class == LineClass::Slow {
+        let outcome_of_slowness = klog::drops_a_clock(&l.text)
+            && slow_reading.iter().any(|slow| l.at_us.saturating_sub(*slow) <= SAME_WATCHDOG_RUN_US);
+        if l.class == LineClass::Slow || outcome_of_slowness {
             return false;
         }
         let long = reaches_back_ms(l.class, &l.text).saturating_mul(1_000_000);
@@ -815,6 +822,18 @@ mod tests {
         let v = verdicts(&after, &[], Some(WINDOW));
         assert_eq!(failed(&v), []);
         assert!(v[6].evidence.iter().any(|e| e.contains("hrtimer")), "{:?}", v[6]);
+        // The kernel gives a clock up because reading it took long, which is no wrong clock; one that it found wrong is.
+        let mut slow = line(
+            17,
+            LineClass::Slow,
+            "clocksource: timekeeping watchdog on CPU0: xen read-back delay of 115362ns, attempt 2, marking unstable",
+        );
+        let dropped = line(17, LineClass::Clock, "tsc: Marking TSC unstable due to clocksource watchdog");
+        after.kernel_log.lines = vec![slow.clone(), dropped.clone()];
+        assert_eq!(failed(&verdicts(&after, &[], Some(WINDOW))), []);
+        slow.text = "clocksource: wd-tsc-wd read-back delay of 157081ns, clock-skew test skipped!".into();
+        after.kernel_log.lines = vec![slow, dropped];
+        assert_eq!(failed(&verdicts(&after, &[], Some(WINDOW))), [Promise::T7]);
         // The control run has as many.
         calm.stalls_per_minute = 2.0;
         let lines = [line(17, LineClass::Stall, text), line(18, LineClass::Stall, text)];

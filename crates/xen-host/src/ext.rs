@@ -303,12 +303,14 @@ impl XenHost {
             }
             GtStep::VcpuTimes => set_vcpus(&|v| {
                 Some(VcpuState {
-                    fields: vcpu_fields::RUNSTATE | vcpu_fields::SINGLESHOT | vcpu_fields::PERIODIC,
+                    fields: vcpu_fields::RUNSTATE | vcpu_fields::SINGLESHOT | vcpu_fields::PERIODIC | vcpu_fields::TSC,
                     flags: if v.singleshot_ns.is_some() { vcpu_flags::SINGLESHOT } else { 0 },
                     runstate_time: v.runstate.time_ns,
                     singleshot_expires: v.singleshot_ns.unwrap_or(0),
                     periodic_period: v.periodic_period_ns,
                     periodic_last: v.periodic_last_ns,
+                    tsc: v.tsc.ticks,
+                    tsc_at: v.tsc.at_ns,
                     ..VcpuState::default()
                 })
             }),
@@ -354,6 +356,7 @@ fn vcpu(v: &VcpuState) -> GtVcpu {
         singleshot_ns: flag(vcpu_flags::SINGLESHOT).then_some(v.singleshot_expires),
         periodic_period_ns: v.periodic_period,
         periodic_last_ns: v.periodic_last,
+        tsc: TscPoint { ticks: v.tsc, at_ns: v.tsc_at },
     }
 }
 

@@ -6,6 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use xen_abi::hvm_save::{CODE_CPU, CODE_END, CODE_HEADER, Cpu, FILE_MAGIC, FILE_VERSION, Header, push_record};
 use zerocopy::IntoBytes;
 
+/// Rate of every simulated host's TSC.
+pub const TSC_PER_NS: i64 = 2;
+
 /// Page contents; `None` is a page of zeroes.
 pub type Page = Option<Box<[u8; PAGE_SIZE]>>;
 
@@ -52,7 +55,7 @@ impl Domain {
             max_mem_kib: 0,
             paging_pool: 0,
             policy: CpuPolicy::default(),
-            tsc: TscInfo { mode: 0, khz: 2_000_000, incarnation: 0, elapsed_ns: 0 },
+            tsc: TscInfo { mode: 0, khz: TSC_PER_NS as u32 * 1_000_000, incarnation: 0, elapsed_ns: 0 },
             vm_assist: 0,
             memory_map: Vec::new(),
             context: None,
@@ -143,6 +146,7 @@ impl Domain {
                 upcall_vector: 0xf3,
                 fifo: Some(FifoVcpu { control_block: GuestPlace { gfn: Gfn(10), offset: vcpu * 128 }, tails: [0; 16] }),
                 singleshot_ns: Some(host_now + 1_000_000_000),
+                tsc: TscPoint { ticks: 1_000_000, at_ns: host_now },
                 ..GtVcpu::default()
             })
             .collect();
