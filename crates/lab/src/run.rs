@@ -1,6 +1,6 @@
 //! A whole run of a scenario: boots its hosts, carries out its steps, judges, reports, and leaves nothing behind.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ use crate::report::{GuestReport, MoveReport, RunReport, unexpected};
 use crate::scenario::{GuestType, Host as HostWish, Scenario, Step, Xenstored};
 use crate::steps::host::LabHost;
 use crate::steps::plan::{self, DOM0_FOLDER};
-use crate::steps::{Executor, Lab, race};
+use crate::steps::{Executor, Lab, Move, race};
 use crate::verdict::{self, Judged, Seen};
 
 /// How long a host may take to boot.
@@ -140,10 +140,7 @@ impl Attempt<'_> {
         }
         let views = booted.peer.view();
         let switch = booted.network.switch().report();
-        let mut moves = Vec::new();
-        for entry in &executor.moves {
-            moves.push(MoveReport::new(entry, views.iter().find(|v| v.name == entry.guest)));
-        }
+        let moves = self.moves(&executor, &views);
         let guests = self.judge_all(&executor, &views);
         let steps = std::mem::take(&mut executor.results);
         drop(executor);
@@ -345,26 +342,41 @@ impl Attempt<'_> {
         Some(check_journal(settings.seed, acknowledged, told, |at, buffer| image.read_exact_at(buffer, at)))
     }
 
-    fn judge(&self, executor: &Executor<'_>, view: &GuestView, journal: Option<Vec<JournalFault>>) -> Vec<Judged> {
-        let Some(record) = executor.guests.get(&view.name) else { return Vec::new() };
+    /// Has a guest judged by all that was seen of it.
+    fn judge<T: Default>(&self, executor: &Executor<'_>, view: &GuestView, judge: impl FnOnce(&Seen<'_>) -> T) -> T {
+        let Some(record) = executor.guests.get(&view.name) else { return T::default() };
         let switch = executor.lab().network.switch().report();
         let moves = executor.moves.iter().filter(|m| m.guest == view.name).collect();
-        verdict::judge(&Seen {
+        judge(&Seen {
             guest: &view.name,
             record,
             moves,
             view,
             switch: &switch,
-            journal,
+            journal: self.journal(&view.name, view),
             last: view.snapshots.last(),
         })
+    }
+
+    /// The moves with their figures, each judged by itself, in the run's order.
+    fn moves(&self, executor: &Executor<'_>, views: &[GuestView]) -> Vec<MoveReport> {
+        let mut verdicts: BTreeMap<&str, VecDeque<Vec<Judged>>> = BTreeMap::new();
+        for view in views {
+            let each = |seen: &Seen<'_>| (0..seen.moves.len()).map(|i| verdict::judge_move(seen, i)).collect();
+            verdicts.insert(&view.name, self.judge(executor, view, each));
+        }
+        let report = |entry: &Move| {
+            let verdict = verdicts.get_mut(entry.guest.as_str()).and_then(VecDeque::pop_front);
+            MoveReport::new(entry, views.iter().find(|v| v.name == entry.guest), verdict.unwrap_or_default())
+        };
+        executor.moves.iter().map(report).collect()
     }
 
     fn judge_all(&self, executor: &Executor<'_>, views: &[GuestView]) -> Vec<GuestReport> {
         let created = |view: &&GuestView| executor.guests.get(&view.name).is_some_and(|r| r.created);
         let report = |view: &GuestView| GuestReport {
             guest: view.name.clone(),
-            verdict: self.judge(executor, view, self.journal(&view.name, view)),
+            verdict: self.judge(executor, view, verdict::judge),
             absent: view.hello.as_ref().map(|h: &Received<_>| h.body.absent.clone()).unwrap_or_default(),
             peer: view.clone(),
         };

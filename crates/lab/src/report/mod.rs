@@ -1,5 +1,7 @@
 //! What a run is worth telling: as JSON for scripts, as text for people.
 
+mod table;
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -57,11 +59,13 @@ pub struct MoveReport {
     pub clock_gap: Option<Duration>,
     /// The guest's domid before and after, as it reads it itself.
     pub domids: (Option<u16>, Option<u16>),
+    /// Each promise, judged by this move alone. Empty for a guest without a witness.
+    pub verdict: Vec<Judged>,
 }
 
 impl MoveReport {
     /// With what the peer saw of the guest.
-    pub fn new(entry: &Move, view: Option<&GuestView>) -> Self {
+    pub fn new(entry: &Move, view: Option<&GuestView>, verdict: Vec<Judged>) -> Self {
         let domid = |look: &Option<crate::net::peer::Received<witness::report::Snapshot>>| {
             look.as_ref().and_then(|s| s.body.identity.domid_store.seen().copied())
         };
@@ -72,6 +76,7 @@ impl MoveReport {
             clock_gap: verdict::clock_gap(entry),
             domids: (domid(&entry.before), domid(&entry.after)),
             entry: entry.clone(),
+            verdict,
         }
     }
 }
@@ -98,6 +103,25 @@ pub fn unexpected(expect: &Expect, guests: &[GuestReport], moves: &[MoveReport])
                 found.push(format!(
                     "guest {}: {:?} is {}, expected {}: {why}",
                     guest.guest,
+                    judged.promise,
+                    outcome_word(judged.outcome),
+                    expected_word(expected)
+                ));
+            }
+        }
+    }
+    for (index, m) in moves.iter().enumerate() {
+        for judged in &m.verdict {
+            let expected = m.entry.expected.get(&judged.promise).copied().unwrap_or_default();
+            if !expected.allows(judged.outcome) {
+                let why = judged.evidence.first().map_or("", String::as_str);
+                found.push(format!(
+                    "move {} ({} of {} from {} to {}): {:?} is {}, expected {}: {why}",
+                    index + 1,
+                    m.entry.how,
+                    m.entry.guest,
+                    m.entry.from,
+                    m.entry.to,
                     judged.promise,
                     outcome_word(judged.outcome),
                     expected_word(expected)
@@ -180,7 +204,11 @@ impl RunReport {
 
     fn write_text(&self, out: &mut String, expect: &Expect) -> std::fmt::Result {
         writeln!(out, "\n{}: {}", self.scenario, self.about)?;
-        for entry in &self.moves {
+        let several = self.moves.len() > 1;
+        if several {
+            table::write(out, &self.moves)?;
+        }
+        for entry in self.moves.iter().filter(|_| !several) {
             let (m, end) = (&entry.entry, if entry.entry.moved { "" } else { " (the guest did not move)" });
             writeln!(out, "\n  {} of {} from {} to {}{end}", m.how, m.guest, m.from, m.to)?;
             writeln!(out, "    total time              {}", maybe(entry.total))?;
@@ -215,6 +243,10 @@ impl RunReport {
             }
             for absent in &guest.absent {
                 writeln!(out, "    not looked at: {absent}")?;
+            }
+            // With several moves the table has said it.
+            if several {
+                continue;
             }
             writeln!(out, "\n  promise                                   outcome         expected")?;
             for judged in &guest.verdict {
