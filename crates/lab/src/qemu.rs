@@ -134,6 +134,10 @@ impl Qemu {
     /// Runs a QMP command and gives what it returned.
     pub fn command(&self, name: &str, arguments: Value) -> Result<Value> {
         let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ask(&mut control, name, &arguments)
+    }
+
+    fn ask(&self, control: &mut Control, name: &str, arguments: &Value) -> Result<Value> {
         let request = json!({ "execute": name, "arguments": arguments });
         let doing = || format!("{}: QEMU's {name}", self.name);
         writeln!(control.to, "{request}").with_context(doing)?;
@@ -192,12 +196,23 @@ impl Qemu {
         self.process.kill();
     }
 
-    /// Fails if QEMU is no longer running, with its last words.
+    /// Fails if QEMU is no longer running, with its last words, or if it has stopped the machine for want of room on this machine's disk.
     pub fn check(&self) -> Result<()> {
-        match self.process.ended() {
-            None => Ok(()),
-            Some(status) => bail!("{}: QEMU ended ({status})\n{}", self.name, tail(&self.log, 10)),
+        if let Some(status) = self.process.ended() {
+            bail!("{}: QEMU ended ({status})\n{}", self.name, tail(&self.log, 10));
         }
+        // Who holds the control socket asks something of QEMU already.
+        let Ok(mut control) = self.control.try_lock() else { return Ok(()) };
+        let state = self.ask(&mut control, "query-status", &json!({}));
+        drop(control);
+        if state.is_ok_and(|state| state.get("status").and_then(Value::as_str) == Some("io-error")) {
+            bail!(
+                "{}: it stands still because this machine's disk is full; make room in {}",
+                self.name,
+                std::env::temp_dir().display()
+            );
+        }
+        Ok(())
     }
 
     /// Process id on this machine.

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use lab_agent::message::Exec;
 use witness::disk::{JournalFault, check_journal};
 
+use crate::cache::need_space;
 use crate::host::{Assets, Host, HostConfig, HostFile, extension_files, static_binary};
 use crate::image::guest;
 use crate::lock::Lock;
@@ -29,6 +30,10 @@ use crate::verdict::{self, Judged, Seen};
 
 /// How long a host may take to boot.
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
+/// Room that a run's logs and its capture of the network may take.
+const LOGS: u64 = 128 << 20;
+/// Room that the guests' ramdisks and the sockets may take.
+const RAMDISKS: u64 = 64 << 20;
 /// How often a run that met the emulator's race is tried.
 const ATTEMPTS: u32 = 3;
 /// Time between two looks at the CPU time of a guest's copies: `xl list` counts tenths of seconds, and emulation is slow.
@@ -59,6 +64,7 @@ pub fn load(file: &Path) -> Result<Scenario> {
 pub fn run(options: &Options) -> Result<(Scenario, RunReport)> {
     let scenario = load(&options.scenario)?;
     process::end_cleanly(Some(scenario.time_limit.0.min(options.time_limit)))?;
+    need_room(&scenario, options)?;
     let assets = Assets::prepare()?;
     let _lock = Lock::take(options.wait)?;
     let name = options.scenario.file_stem().map_or_else(|| "run".into(), |s| s.to_string_lossy().into_owned());
@@ -73,16 +79,16 @@ pub fn run(options: &Options) -> Result<(Scenario, RunReport)> {
         let one = Attempt { scenario: &scenario, assets: &assets, options, folder: &folder, scratch: scratch.path() };
         let mut report = one.run(&name)?;
         report.attempt = attempt;
-        let found: Vec<_> = scenario
-            .hosts
-            .iter()
-            .filter_map(|host| {
-                let log = fs::read(folder.join(host.name.get_ref()).join("console.log")).ok()?;
-                Some((host.name.get_ref().clone(), race::find(&String::from_utf8_lossy(&log))?))
-            })
-            .collect();
-        let raced = !found.is_empty();
-        races.extend(found);
+        let mut raced = false;
+        for host in &scenario.hosts {
+            let name = host.name.get_ref();
+            let log = fs::read(folder.join(name).join("console.log")).unwrap_or_default();
+            let log = String::from_utf8_lossy(&log);
+            let found = race::find(&log).map(|race| (name.clone(), race));
+            raced |= found.is_some();
+            races.extend(found);
+            report.triple_faults.extend(race::find_others(&log).into_iter().map(|fault| (name.clone(), fault)));
+        }
         if report.passed || !raced || attempt >= ATTEMPTS {
             report.emulator_races = races;
             return Ok((scenario, report));
@@ -90,6 +96,15 @@ pub fn run(options: &Options) -> Result<(Scenario, RunReport)> {
         progress::say("the run met the emulator's race (a triple fault with Xen's own RIP and stack): once more");
     }
     bail!("the run was tried too often")
+}
+
+/// Says so at once if the run would fill a disk of this machine: a host whose disk can't take a write stands still.
+fn need_room(scenario: &Scenario, options: &Options) -> Result<()> {
+    fs::create_dir_all(&options.run_dir).with_context(|| format!("make {}", options.run_dir.display()))?;
+    let disks: u64 = scenario.disks.iter().map(|disk| disk.size.0).fold(0, u64::saturating_add);
+    let kept = if options.keep { disks } else { 0 };
+    need_space(&options.run_dir, kept.saturating_add(LOGS), "name another folder with --run-dir")?;
+    need_space(&std::env::temp_dir(), disks.saturating_add(RAMDISKS), "set TMPDIR to a folder that has it")
 }
 
 struct Attempt<'a> {
@@ -163,6 +178,7 @@ impl Attempt<'_> {
             set_up,
             attempt: 1,
             emulator_races: Vec::new(),
+            triple_faults: Vec::new(),
             steps,
             error: error.map(|e| format!("{e:#}")),
             moves,

@@ -275,6 +275,42 @@ fn nothing_is_left_after_a_signal() -> Result<()> {
 
 #[test]
 #[ignore = "boots emulated hosts; cargo xtask test runs it"]
+fn a_dead_qemu_ends_the_run_with_one_message() -> Result<()> {
+    let run = tempfile::tempdir()?;
+    let scenario = run.path().join("dies.toml");
+    fs::write(
+        &scenario,
+        "about = \"x\"\n[[host]]\nname = \"a\"\n[[step]]\nexec = { on = \"a\", run = \"sleep 1000\", limit = \"20m\" }\n",
+    )?;
+    let mut lab = Command::new(env!("CARGO_BIN_EXE_ferry-lab"))
+        .args(["run", "--wait", "1500", "--run-dir"])
+        .arg(run.path())
+        .arg(&scenario)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut said = BufReader::new(lab.stderr.take().context("no output")?).lines();
+    for line in &mut said {
+        if line?.contains("step 1/1") {
+            break;
+        }
+    }
+    let id = lab.id();
+    let machines = children(id);
+    let [machine] = machines[..] else { bail!("not one machine: {machines:?}") };
+    Command::new("kill").args(["-KILL", &machine.to_string()]).status()?;
+    let since = Instant::now();
+    let output = lab.wait_with_output()?;
+    ensure!(since.elapsed() < Duration::from_secs(60), "it took {:.1?} to see that QEMU is dead", since.elapsed());
+    let report = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.code() == Some(1), "it ended with {}: {report}", output.status);
+    ensure!(report.matches("a: QEMU ended").count() == 1 && report.contains("FAILED"), "{report}");
+    ensure!(gone(&machines) && leavings(id) == 0, "something is left");
+    Ok(())
+}
+
+#[test]
+#[ignore = "boots emulated hosts; cargo xtask test runs it"]
 fn no_process_is_left_after_a_kill() -> Result<()> {
     let run = tempfile::tempdir()?;
     let mut lab = staying(run.path())?;

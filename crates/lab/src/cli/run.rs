@@ -39,6 +39,10 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         wait: options.common.wait(),
         time_limit: options.common.time_limit(),
     };
+    if let Some(json) = &options.json {
+        // Now, not after minutes of work.
+        std::fs::File::create(json).with_context(|| format!("make {}", json.display()))?;
+    }
     let (scenario, report) = run::run(&what)?;
     print!("{}", report.text(&scenario.expect));
     if let Some(json) = &options.json {

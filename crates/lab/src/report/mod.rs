@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::net::peer::GuestView;
 use crate::net::switch::SwitchReport;
 use crate::scenario::{Expect, Expected, Limits};
-use crate::steps::race::EmulatorRace;
+use crate::steps::race::{EmulatorRace, TripleFault};
 use crate::steps::{Move, StepResult};
 use crate::verdict::{self, Judged, Outcome};
 
@@ -34,6 +34,8 @@ pub struct RunReport {
     pub attempt: u32,
     /// The emulator's race in a host's log, if it was met: host and what stands there.
     pub emulator_races: Vec<(String, EmulatorRace)>,
+    /// Triple faults of guests that are not that race, in the last attempt: host and what stands there.
+    pub triple_faults: Vec<(String, TripleFault)>,
     pub steps: Vec<StepResult>,
     /// Why the run ended before its time.
     pub error: Option<String>,
@@ -272,6 +274,12 @@ impl RunReport {
                 "\n  emulator race on {host}: {} (RIP {:#x}, RSP {:#x} are Xen's)",
                 race.line, race.rip, race.rsp
             )?;
+        }
+        for (host, fault) in &self.triple_faults {
+            writeln!(out, "\n  triple fault on {host} that is not the emulator's known race: {}", fault.line)?;
+            for line in &fault.dump {
+                writeln!(out, "    | {line}")?;
+            }
         }
         if let Some(error) = &self.error {
             writeln!(out, "\n  {error}")?;
