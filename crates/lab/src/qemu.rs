@@ -80,7 +80,12 @@ pub struct Qemu {
 struct Control {
     to: UnixStream,
     from: BufReader<UnixStream>,
+    /// When [`Qemu::check`] last asked for the machine's state.
+    looked: Option<Instant>,
 }
+
+/// How often [`Qemu::check`] asks QEMU itself.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// The processor under which stock Xen 4.17 runs in QEMU 7.2: EPYC has SVM with nested paging, which QEMU emulates.
 /// Without `smap` because PV dom0 otherwise dies of an unhandled page fault; without `monitor` because Xen's mwait
@@ -102,7 +107,7 @@ impl Qemu {
             name: machine.name.clone(),
             process,
             log: machine.log.clone(),
-            control: Mutex::new(Control { to: stream, from }),
+            control: Mutex::new(Control { to: stream, from, looked: None }),
         };
         qemu.greet()?;
         if machine.resume_from.is_some() {
@@ -203,6 +208,9 @@ impl Qemu {
         }
         // Who holds the control socket asks something of QEMU already.
         let Ok(mut control) = self.control.try_lock() else { return Ok(()) };
+        if control.looked.replace(Instant::now()).is_some_and(|last| last.elapsed() < LOOK) {
+            return Ok(());
+        }
         let state = self.ask(&mut control, "query-status", &json!({}));
         drop(control);
         if state.is_ok_and(|state| state.get("status").and_then(Value::as_str) == Some("io-error")) {

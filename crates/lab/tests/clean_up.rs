@@ -21,6 +21,9 @@ fn the_program() -> Result<()> {
     let mut command = Command::new("sh");
     command.args(["-c", "sleep 1000 & wait"]).stdout(Stdio::null());
     let child = process::spawn(command)?;
+    let mark = scratch.path().with_extension("mark");
+    std::fs::write(&mark, "")?;
+    process::at_end(move || drop(std::fs::remove_file(mark)));
     println!("\nready {} {}", child.id(), scratch.path().display());
     if end == "panic" {
         // Of any thread.
@@ -58,6 +61,7 @@ fn ends(mut started: Started, code: i32) -> Result<()> {
     let status = started.program.wait()?;
     ensure!(status.code() == Some(code), "it ended with {status}, not {code}");
     ensure!(!Path::new(&started.folder).exists(), "{} is left", started.folder);
+    ensure!(!Path::new(&started.folder).with_extension("mark").exists(), "what was to be done at the end was not");
     let end = Instant::now() + Duration::from_secs(5);
     while Path::new(&format!("/proc/{}/exe", started.child)).exists() {
         ensure!(Instant::now() < end, "its child {} still runs", started.child);
