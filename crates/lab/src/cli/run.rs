@@ -40,8 +40,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         time_limit: options.common.time_limit(),
     };
     if let Some(json) = &options.json {
-        // Now, not after minutes of work.
-        std::fs::File::create(json).with_context(|| format!("make {}", json.display()))?;
+        may_write(json)?;
     }
     let (scenario, report) = run::run(&what)?;
     print!("{}", report.text(&scenario.expect));
@@ -49,6 +48,20 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         report.write_json(json)?;
     }
     Ok(ExitCode::from(u8::from(!report.passed)))
+}
+
+/// That the report can't be written is said now, not after minutes of work. No file is left of it.
+fn may_write(file: &Path) -> Result<()> {
+    let fresh = !file.exists();
+    std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(file)
+        .with_context(|| format!("--json: write {}", file.display()))?;
+    if fresh {
+        std::fs::remove_file(file).with_context(|| format!("--json: remove {}", file.display()))?;
+    }
+    Ok(())
 }
 
 /// Lists the scenarios of a folder with what they are about; a broken one is said and is an error.
