@@ -367,6 +367,54 @@ pub fn tail(path: &Path, lines: usize) -> String {
 mod tests {
     use super::*;
 
+    /// QEMU's control socket with what it answers, one line a request; its process is the given command.
+    fn stand_in(command: &[&str], answers: &'static [&'static str]) -> Qemu {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            let mut requests = BufReader::new(theirs.try_clone().unwrap());
+            let mut theirs = theirs;
+            for answer in answers {
+                if requests.read_line(&mut String::new()).unwrap_or(0) == 0 {
+                    return;
+                }
+                let _ = writeln!(theirs, "{answer}");
+            }
+            let _ = requests.read_line(&mut String::new());
+        });
+        let mut process = Command::new(command[0]);
+        process.args(&command[1..]);
+        let from = BufReader::new(ours.try_clone().unwrap());
+        Qemu {
+            name: "a".to_owned(),
+            process: crate::process::spawn(process).unwrap(),
+            log: PathBuf::from("/nonexistent"),
+            control: Mutex::new(Control { to: ours, from, looked: None }),
+        }
+    }
+
+    #[test]
+    fn a_machine_that_stands_still_for_want_of_room_is_told() {
+        let full = stand_in(&["sleep", "100"], &[r#"{"return": {"status": "io-error", "running": false}}"#]);
+        let said = full.check().unwrap_err().to_string();
+        assert!(said.contains("disk is full"), "{said}");
+        for state in ["running", "paused"] {
+            let answer = format!("{{\"return\": {{\"status\": \"{state}\"}}}}");
+            let answers: &'static [&'static str] = vec![&*answer.leak()].leak();
+            assert!(stand_in(&["sleep", "100"], answers).check().is_ok(), "{state}");
+        }
+    }
+
+    #[test]
+    fn a_dead_qemu_is_told_and_not_asked() {
+        let dead = stand_in(&["false"], &[]);
+        let end = Instant::now() + Duration::from_secs(10);
+        while dead.process.ended().is_none() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let said = dead.check().unwrap_err().to_string();
+        assert!(said.contains("a: QEMU ended (exit status: 1)"), "{said}");
+    }
+
     #[test]
     fn dates_are_those_of_the_calendar() {
         assert_eq!(civil(0), "1970-01-01T00:00:00");

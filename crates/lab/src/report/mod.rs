@@ -353,6 +353,20 @@ mod tests {
     }
 
     #[test]
+    fn a_move_that_comes_out_otherwise_than_its_step_expects_is_said() {
+        let of = |outcome, expected| {
+            let entry =
+                Move { expected: [(Promise::T1, expected)].into(), ..table::tests::a_move("xl migrate", "a", "b") };
+            let judged = Judged { promise: Promise::T1, outcome, evidence: vec!["why".to_owned()] };
+            unexpected(&expect(""), &[], &[MoveReport::new(&entry, None, vec![judged])])
+        };
+        assert!(of(Outcome::Fail, Expected::Fail).is_empty());
+        assert!(of(Outcome::Fail, Expected::Any).is_empty());
+        let said = "move 1 (xl migrate of g from a to b): T1 is pass, expected fail: why";
+        assert_eq!(of(Outcome::Pass, Expected::Fail), [said]);
+    }
+
+    #[test]
     fn limits_are_held_and_an_unmeasured_one_is_not_kept() {
         let limits = expect("limits = { udp-silence = \"1s\" }");
         assert!(unexpected(&limits, &[guest(Outcome::Pass, 900)], &[]).is_empty());

@@ -78,7 +78,7 @@ pub(super) fn write(out: &mut String, moves: &[MoveReport]) -> Result {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::time::Duration;
 
     use super::*;
@@ -86,8 +86,8 @@ mod tests {
     use crate::steps::Move;
     use crate::verdict::Judged;
 
-    fn report(how: &'static str, from: &str, to: &str, outcome: Outcome, expected: Expected) -> MoveReport {
-        let entry = Move {
+    pub(in super::super) fn a_move(how: &'static str, from: &str, to: &str) -> Move {
+        Move {
             guest: "g".to_owned(),
             how,
             from: from.to_owned(),
@@ -98,11 +98,15 @@ mod tests {
             bytes: 5 << 20,
             window: None,
             output: String::new(),
-            expected: [(Promise::T1, expected)].into(),
+            expected: Default::default(),
             at_start: Default::default(),
             before: None,
             after: None,
-        };
+        }
+    }
+
+    fn report(how: &'static str, from: &str, to: &str, outcome: Outcome, expected: Expected) -> MoveReport {
+        let entry = Move { expected: [(Promise::T1, expected)].into(), ..a_move(how, from, to) };
         let verdict = vec![Judged { promise: Promise::T1, outcome, evidence: vec![format!("{how} evidence")] }];
         let domids = if outcome == Outcome::Fail { (Some(1), Some(4)) } else { (Some(1), Some(1)) };
         MoveReport { udp_silence: Some(Duration::from_millis(700)), domids, ..MoveReport::new(&entry, None, verdict) }
