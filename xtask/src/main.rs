@@ -9,8 +9,8 @@ use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::process::{Command, ExitCode};
 
-/// The scenario that `demo` runs.
-const DEMO: &str = "migrate-pvh";
+/// The scenario that `demo` runs: a move there and back beside a stock one.
+const DEMO: &str = "demo";
 
 /// The project's tasks.
 #[derive(Debug, Parser)]
@@ -42,7 +42,7 @@ enum Task {
         #[arg(long)]
         config: Option<std::path::PathBuf>,
     },
-    /// Show the main job on two real Xen hosts in the lab, with all of its own set-up.
+    /// Show the main job beside the stock one on two real Xen hosts in the lab, with all of its own set-up.
     Demo,
     /// Every check that a change must pass.
     Test {

@@ -367,6 +367,9 @@ pub struct Migrate {
     pub end: MigrateEnd,
     /// A text that the tool's output must hold.
     pub expect: Option<String>,
+    /// What must come out of each promise when this move is judged by itself.
+    #[serde(default)]
+    pub verdict: BTreeMap<Promise, Expected>,
     #[serde(default = "defaults::migrate_limit")]
     pub limit: Span,
     /// Go on with the next step meanwhile; a `join` step waits for this name.

@@ -248,6 +248,9 @@ impl Executor<'_> {
             MigrateTool::Ferry => format!("ferry migrate {options} {word} {addr}"),
         };
         let moving = self.begin_move(guest, tool_name(how.tool), to)?;
+        if let Some(entry) = self.moves.get_mut(moving) {
+            entry.expected = how.verdict.clone();
+        }
         if let Some(name) = &how.background {
             return self.start(number, what, step, name.get_ref(), from.name(), &script, how.limit.0, Some(moving));
         }
