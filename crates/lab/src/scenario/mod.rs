@@ -68,6 +68,9 @@ pub struct Host {
     /// Ferry is installed and running: its xenstored from the start, the hypervisor extension loaded, its daemon serving.
     #[serde(default)]
     pub ferry: bool,
+    /// Ferry's files are installed, and nothing of it runs: a host before Ferry came.
+    #[serde(default)]
+    pub ferry_installed: bool,
     /// So many domain ids are used up before the first step, so that the next free one differs from the other host's.
     #[serde(default)]
     pub used_domids: u16,
@@ -251,6 +254,8 @@ pub enum Step {
     Cable(CableStep),
     /// Send a signal to a process in a dom0.
     Kill(Kill),
+    /// Start Ferry's daemon, again if it runs, with faults planted.
+    Ferryd(Ferryd),
     /// Stop a whole host (its vCPUs stand still; nothing is lost).
     PauseHost(OfHost),
     /// Let a paused host go on.
@@ -435,6 +440,19 @@ pub struct Kill {
     /// Name of the signal, without SIG.
     #[serde(default = "defaults::signal")]
     pub signal: String,
+}
+
+/// Start Ferry's daemon, again if it runs.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Ferryd {
+    pub on: Spanned<String>,
+    /// Planted in it, as `<point>=<cut|fail|crash>`; gone when it is started again.
+    #[serde(default)]
+    pub faults: Vec<String>,
+    /// It is started again when it ends.
+    #[serde(default = "defaults::yes")]
+    pub respawn: bool,
 }
 
 /// Copy a file into a dom0.
@@ -640,6 +658,7 @@ impl Step {
             Step::Heal(_) => "heal",
             Step::Cable(_) => "cable",
             Step::Kill(_) => "kill",
+            Step::Ferryd(_) => "ferryd",
             Step::PauseHost(_) => "pause-host",
             Step::ResumeHost(_) => "resume-host",
             Step::KillHost(_) => "kill-host",
