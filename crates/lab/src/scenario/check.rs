@@ -168,6 +168,16 @@ fn check_steps(scenario: &Scenario, hosts: &Names<'_>, guests: &Names<'_>) -> Ch
                     return misfit(&s.on, "on: Ferry is not installed there (`ferry` or `ferry-installed`)".to_owned());
                 }
             }
+            Step::Fault(s) => {
+                guests.has("guest", &s.guest)?;
+                if scenario.hosts.iter().filter(|h| h.ferry).count() != 2 || scenario.hosts.len() != 2 {
+                    return misfit(&s.guest, "fault: it wants two hosts, both with `ferry = true`".to_owned());
+                }
+                let sided = |f: &String| f.starts_with("source.") || f.starts_with("destination.");
+                if s.faults.get_ref().is_empty() || !s.faults.get_ref().iter().all(sided) {
+                    return misfit(&s.faults, "faults: a list of \"source.…\" and \"destination.…\"".to_owned());
+                }
+            }
             Step::Put(s) => hosts.has("on", &s.on)?,
             Step::Get(s) => {
                 hosts.has("on", &s.on)?;

@@ -256,6 +256,8 @@ pub enum Step {
     Kill(Kill),
     /// Start Ferry's daemon, again if it runs, with faults planted.
     Ferryd(Ferryd),
+    /// Move a guest to the other host with a fault planted, and see that exactly one of the two runs it in the end.
+    Fault(FaultStep),
     /// Stop a whole host (its vCPUs stand still; nothing is lost).
     PauseHost(OfHost),
     /// Let a paused host go on.
@@ -453,6 +455,21 @@ pub struct Ferryd {
     /// It is started again when it ends.
     #[serde(default = "defaults::yes")]
     pub respawn: bool,
+}
+
+/// Move a guest to the other host with faults planted.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct FaultStep {
+    pub guest: Spanned<String>,
+    /// As `<point>=<cut|fail|crash>`; each must come to pass.
+    pub faults: Spanned<Vec<String>>,
+    /// The destination's preflight refuses the guest: its name is taken there.
+    #[serde(default)]
+    pub unfit: bool,
+    /// For the move, and again for both hosts to come to an end with it.
+    #[serde(default = "defaults::migrate_limit")]
+    pub limit: Span,
 }
 
 /// Copy a file into a dom0.
@@ -659,6 +676,7 @@ impl Step {
             Step::Cable(_) => "cable",
             Step::Kill(_) => "kill",
             Step::Ferryd(_) => "ferryd",
+            Step::Fault(_) => "fault",
             Step::PauseHost(_) => "pause-host",
             Step::ResumeHost(_) => "resume-host",
             Step::KillHost(_) => "kill-host",

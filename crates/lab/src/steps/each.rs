@@ -13,7 +13,7 @@ use crate::progress;
 use crate::scenario::{Console, Migrate, MigrateEnd, MigrateTool, Step};
 
 /// How long a look at a log or at a domid may take.
-const SHORT: Duration = Duration::from_secs(20);
+pub(super) const SHORT: Duration = Duration::from_secs(20);
 
 /// What a step does, for a person.
 pub(super) fn describe(executor: &Executor<'_>, step: &Step) -> String {
@@ -51,6 +51,7 @@ pub(super) fn describe(executor: &Executor<'_>, step: &Step) -> String {
         }
         Step::Ferryd(s) if s.faults.is_empty() => format!("on {}: start ferryd", s.on.get_ref()),
         Step::Ferryd(s) => format!("on {}: start ferryd with {}", s.on.get_ref(), s.faults.join(", ")),
+        Step::Fault(s) => format!("move {} with {}", s.guest.get_ref(), s.faults.get_ref().join(", ")),
         Step::PauseHost(s) => format!("pause host {}", s.host.get_ref()),
         Step::ResumeHost(s) => format!("resume host {}", s.host.get_ref()),
         Step::KillHost(s) => format!("switch host {} off", s.host.get_ref()),
@@ -126,6 +127,7 @@ impl Executor<'_> {
                 self.must(&ran, "kill", s.on.get_ref(), None)
             }
             Step::Ferryd(s) => self.ferryd(s.on.get_ref(), &s.faults, s.respawn),
+            Step::Fault(s) => self.fault(s),
             Step::PauseHost(s) => self.host(s.host.get_ref())?.pause(),
             Step::ResumeHost(s) => self.host(s.host.get_ref())?.resume(),
             Step::KillHost(s) => {
@@ -297,7 +299,7 @@ impl Executor<'_> {
         Ok(())
     }
 
-    fn is_on(&self, guest: &str, host: &str) -> bool {
+    pub(super) fn is_on(&self, guest: &str, host: &str) -> bool {
         let script = format!("xl domid {}", shell_word(guest));
         self.host(host).and_then(|h| h.shell(&script, SHORT)).is_ok_and(|ran| ran.success())
     }

@@ -2,6 +2,7 @@
 
 pub mod copies;
 mod each;
+mod fault;
 pub mod ferryd;
 pub mod host;
 pub mod plan;
