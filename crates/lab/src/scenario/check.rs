@@ -124,6 +124,10 @@ fn check_steps(scenario: &Scenario, hosts: &Names<'_>, guests: &Names<'_>) -> Ch
                 background = s.background.as_ref();
             }
             Step::Save(s) => guests.has("guest", &s.guest)?,
+            Step::Resolve(s) => {
+                guests.has("guest", &s.guest)?;
+                hosts.has("on", &s.on)?;
+            }
             Step::Restore(s) => {
                 guests.has("guest", &s.guest)?;
                 hosts.has("on", &s.on)?;

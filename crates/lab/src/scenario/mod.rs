@@ -258,6 +258,8 @@ pub enum Step {
     Ferryd(Ferryd),
     /// Move a guest to the other host with a fault planted, and see that exactly one of the two runs it in the end.
     Fault(FaultStep),
+    /// Say on a host that the other is fenced, so that the guest of an open migration goes on there.
+    Resolve(Resolve),
     /// Stop a whole host (its vCPUs stand still; nothing is lost).
     PauseHost(OfHost),
     /// Let a paused host go on.
@@ -472,6 +474,14 @@ pub struct FaultStep {
     pub limit: Span,
 }
 
+/// `ferry resolve`, first without `--peer-fenced`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Resolve {
+    pub guest: Spanned<String>,
+    pub on: Spanned<String>,
+}
+
 /// Copy a file into a dom0.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -677,6 +687,7 @@ impl Step {
             Step::Kill(_) => "kill",
             Step::Ferryd(_) => "ferryd",
             Step::Fault(_) => "fault",
+            Step::Resolve(_) => "resolve",
             Step::PauseHost(_) => "pause-host",
             Step::ResumeHost(_) => "resume-host",
             Step::KillHost(_) => "kill-host",

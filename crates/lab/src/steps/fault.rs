@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::each::SHORT;
+use super::host::End;
 use super::plan::{host_addr, shell_word};
 use super::{Executor, ferryd};
 use crate::progress;
@@ -64,6 +65,33 @@ impl Executor<'_> {
         if self.has_witness(guest) {
             self.wait_beats(guest, 2, Duration::from_secs(90))?;
         }
+        Ok(())
+    }
+
+    /// The operator's word that the other host is fenced. It must be asked for, and then the guest must go on here.
+    pub(super) fn resolve(&mut self, guest: &str, on: &str) -> Result<()> {
+        let host = self.host(on)?;
+        let resolve = format!("ferry resolve {}", shell_word(guest));
+        let refused = host.shell(&resolve, SHORT)?;
+        if refused.end != End::Exited(3) || !refused.text().contains("--peer-fenced") {
+            bail!("without --peer-fenced it must be refused with exit code 3 and say so: {}", refused.describe());
+        }
+        let ran = host.shell(&format!("{resolve} --peer-fenced"), SHORT)?;
+        if !ran.success() {
+            bail!("ferry resolve --peer-fenced on {on}: {}{}", ran.describe(), self.ferryd_log(on));
+        }
+        let end = Instant::now() + Duration::from_secs(60);
+        while self.shell(on, &format!("xl list {}", shell_word(guest)))?.contains("--p---") {
+            if Instant::now() > end {
+                bail!("{guest} is still paused on {on}{}", self.ferryd_log(on));
+            }
+            std::thread::sleep(PERIOD);
+        }
+        // The move ends only now.
+        self.record(guest).on = Some(on.to_owned());
+        let moving = self.moves.iter().rposition(|m| m.guest == guest).context("no step has moved it")?;
+        let moved = self.moves.get(moving).is_some_and(|m| m.to == on);
+        self.end_move(moving, &ran, moved, None);
         Ok(())
     }
 

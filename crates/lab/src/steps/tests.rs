@@ -238,3 +238,15 @@ fn two_copies_or_none_after_a_fault_are_an_error() {
     let error = fails(vec![FIRES, ("xl list", 0, "g 1 256 1 --p--- 7.0\n")], vec![]);
     assert!(error.contains("used 0.0 s"), "{error}");
 }
+
+#[test]
+fn an_open_migration_is_resolved_only_by_a_statement() {
+    let text = format!("{CREATE}{XL}[[step]]\nresolve = {{ guest = \"g\", on = \"b\" }}\n");
+    let says: Answer = ("ferry resolve 'g' --peer-fenced", 0, "");
+    let good = vec![says, ("ferry resolve", 3, "say so with --peer-fenced"), ("xl list", 0, "g 1 256 1 -b---- 1.0\n")];
+    assert!(run(&text, vec![], good).result.is_ok());
+    let obeys_at_once = vec![says, ("ferry resolve", 0, "")];
+    assert!(run(&text, vec![], obeys_at_once).result.is_err());
+    let refuses = vec![("ferry resolve", 3, "say so with --peer-fenced")];
+    assert!(run(&text, vec![], refuses).result.is_err());
+}
