@@ -3,6 +3,7 @@
 mod build;
 mod checks;
 mod extension;
+mod faults;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
@@ -53,6 +54,9 @@ enum Task {
         #[arg(long, conflicts_with = "quick")]
         all: bool,
     },
+    /// Have every fault happen at every step of the handshake, one by one, on two real Xen hosts in the lab. All of them take
+    /// hours.
+    Faults(faults::Options),
     /// Time something against its stock counterpart.
     Bench {
         /// What: `xenstored`
@@ -87,6 +91,7 @@ fn main() -> ExitCode {
             };
             checks::run(extent).map(|()| ExitCode::SUCCESS)
         }
+        Task::Faults(options) => faults::run(&options),
         Task::Bench { what, arguments } => bench(&what, &arguments),
         Task::Lab { arguments } => lab(&arguments),
     };

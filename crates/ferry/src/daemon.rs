@@ -7,6 +7,7 @@ use crate::learned::Learned;
 use anyhow::{Context, Result, bail};
 use hypervisor::{DirtyBitmap, DomId, Hypervisor};
 use migrate::destination::{Destinations, role_of};
+use migrate::fault_points::Plant;
 use migrate::handshake::Denied;
 use migrate::host::{Fault, Faults, Host, NoFaults, Timeouts};
 use migrate::journal::{Journal, Role};
@@ -77,7 +78,7 @@ impl Daemon {
             journals: dir.join("journal"),
             writer: concat!("ferry ", env!("CARGO_PKG_VERSION")).into(),
             max_incoming: config.max_incoming,
-            faults: planted_fault()?,
+            faults: planted_faults()?,
             timeouts: Timeouts::default(),
         };
         std::fs::create_dir_all(&host.journals)?;
@@ -418,38 +419,30 @@ fn host_id(dir: &std::path::Path) -> Result<Uuid> {
     }
 }
 
-/// For tests on real hosts: `FERRY_FAULT=<point>=<cut|fail|crash>` plants one fault; docs/handshake.md lists the points.
-fn planted_fault() -> Result<Arc<dyn Faults>> {
+/// For tests on real hosts: `FERRY_FAULT=<point>=<cut|fail|crash>,…` plants faults, each to happen once; docs/handshake.md
+/// lists the points.
+fn planted_faults() -> Result<Arc<dyn Faults>> {
     let Ok(text) = std::env::var("FERRY_FAULT") else { return Ok(Arc::new(NoFaults)) };
-    let (point, fault) = text.split_once('=').context("FERRY_FAULT is <point>=<cut|fail|crash>")?;
-    let fault = match fault {
-        "cut" => Fault::Cut,
-        "fail" => Fault::Fail,
-        "crash" => Fault::Crash,
-        other => bail!("FERRY_FAULT: {other} is none of cut, fail, crash"),
-    };
-    tracing::warn!("a fault is planted at {point}: {fault:?}");
-    Ok(Arc::new(Planted { point: point.into(), fault, fired: Mutex::new(false) }))
+    let plants = text.split(',').map(str::parse).collect::<Result<Vec<Plant>, _>>().context("FERRY_FAULT")?;
+    for plant in &plants {
+        tracing::warn!("a fault is planted: {plant}");
+    }
+    Ok(Arc::new(Planted(Mutex::new(plants))))
 }
 
-struct Planted {
-    point: String,
-    fault: Fault,
-    fired: Mutex<bool>,
-}
+/// Those that have not happened yet.
+struct Planted(Mutex<Vec<Plant>>);
 
 impl Faults for Planted {
     fn at(&self, point: &str) -> Option<Fault> {
-        let mut fired = self.fired.lock().unwrap_or_else(PoisonError::into_inner);
-        if *fired || point != self.point {
-            return None;
-        }
-        *fired = true;
-        tracing::warn!("planted fault at {point}: {:?}", self.fault);
-        if self.fault == Fault::Crash {
+        let mut left = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = left.iter().position(|plant| plant.point == point)?;
+        let Plant { fault, .. } = left.remove(index);
+        tracing::warn!("planted fault at {point}: {fault}");
+        if fault == Fault::Crash {
             // As kill -9 would: nothing is flushed, nobody is told.
             std::process::abort();
         }
-        Some(self.fault)
+        Some(fault)
     }
 }

@@ -25,7 +25,7 @@ use crate::report::{GuestReport, MoveReport, RunReport, unexpected};
 use crate::scenario::{GuestType, Host as HostWish, Scenario, Step, Xenstored};
 use crate::steps::host::LabHost;
 use crate::steps::plan::{self, DOM0_FOLDER};
-use crate::steps::{Executor, Lab, Move, race};
+use crate::steps::{Executor, Lab, Move, ferryd, race};
 use crate::verdict::{self, Judged, Seen};
 
 /// How long a host may take to boot.
@@ -289,17 +289,18 @@ impl Attempt<'_> {
             }
         }
         let (port, card) = self.sockets(index);
+        let installed = wish.ferry || wish.ferry_installed;
         let ours = wish.ferry || wish.xenstored == Xenstored::Ferry;
         let xenstored = ours.then(|| ["/usr/sbin/xenstored", "--pid-file", "{pidfile}"].map(str::to_owned).to_vec());
         let mut files = files.to_vec();
         let mut install = |local: PathBuf, remote: String, mode| files.push(HostFile { local, remote, mode });
-        if ours {
+        if ours || wish.ferry_installed {
             install(static_binary("xenstored")?, "/usr/sbin/xenstored".to_owned(), 0o755);
         }
-        for program in wish.programs.iter().map(String::as_str).chain(wish.ferry.then_some("ferry")) {
+        for program in wish.programs.iter().map(String::as_str).chain(installed.then_some("ferry")) {
             install(static_binary(program)?, format!("/usr/sbin/{program}"), 0o755);
         }
-        if wish.ferry {
+        if installed {
             for local in extension_files()? {
                 let name = local.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 install(local, format!("/usr/lib/ferry/hypervisor-ext/{name}"), 0o644);
@@ -339,11 +340,11 @@ impl Attempt<'_> {
         host.collect_logs();
     }
 
-    /// Holds the journal on a guest's first disk against what the peer was told.
+    /// Holds the journal on each of a guest's first two disks against what the peer was told.
     fn journal(&self, guest: &str, view: &GuestView) -> Option<Vec<JournalFault>> {
         let guest = self.scenario.guest(guest)?;
         let settings = guest.workload.settings().ok()?;
-        let disk = guest.vbds.first()?.disk.get_ref();
+        guest.vbds.first()?;
         let beat = view.beats.last().map(|beat| beat.body.journal);
         let acknowledged = view.journal.last().map(|a| a.record).max(beat)?;
         if acknowledged == 0 {
@@ -351,11 +352,15 @@ impl Attempt<'_> {
         }
         let told =
             |record| view.journal.binary_search_by_key(&record, |a| a.record).ok().map(|at| view.journal[at].crc);
-        let image = match File::open(self.image(disk)) {
-            Ok(image) => image,
-            Err(error) => return Some(vec![JournalFault::Read { record: 0, error: error.to_string() }]),
-        };
-        Some(check_journal(settings.seed, acknowledged, told, |at, buffer| image.read_exact_at(buffer, at)))
+        let mut faults = Vec::new();
+        for vbd in guest.vbds.iter().take(2) {
+            let found = match File::open(self.image(vbd.disk.get_ref())) {
+                Ok(image) => check_journal(settings.seed, acknowledged, told, |at, buf| image.read_exact_at(buf, at)),
+                Err(error) => vec![JournalFault::Read { record: 0, error: error.to_string() }],
+            };
+            faults.extend(found);
+        }
+        Some(faults)
     }
 
     /// Has a guest judged by all that was seen of it.
@@ -424,24 +429,11 @@ fn use_up_domids(host: &Host, count: u16) -> Result<()> {
     Ok(())
 }
 
-/// Loads the hypervisor extension and starts Ferry's daemon, as its packages would. An emulated host is too slow for
-/// the usual limit of the blackout.
+/// Loads the hypervisor extension and starts Ferry's daemon, as its packages would.
 fn start_ferry(host: &Host) -> Result<()> {
     let step = Progress::begin(format!("{}: starting Ferry", Host::name(host)));
-    host.sh(
-        "mkdir -p /etc/ferry && printf 'mode = \"transparent\"\n[transport]\ninsecure-tcp = true\n[limits]\ndowntime-ms = 60000\n' \
-         > /etc/ferry/ferry.toml && ferry host load",
-    )
-    .context("load the hypervisor extension")?;
-    let daemon = Exec {
-        argv: vec!["ferry".to_owned(), "daemon".to_owned()],
-        env: vec![("FERRY_LOG".to_owned(), "info".to_owned())],
-        background: Some("/var/log/xen/ferryd.log".to_owned()),
-        ..Exec::default()
-    };
-    host.exec(&daemon).context("start Ferry's daemon")?;
-    host.sh("for i in $(seq 100); do [ -S /run/ferry/ferryd.sock ] && exit 0; sleep 0.1; done; cat /var/log/xen/ferryd.log; exit 1")
-        .context("wait for Ferry's daemon")?;
+    host.sh("ferry host load").context("load the hypervisor extension")?;
+    host.sh(&ferryd::start(&[], true)).context("start Ferry's daemon")?;
     step.done();
     Ok(())
 }

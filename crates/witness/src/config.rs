@@ -211,6 +211,9 @@ settings! {
     rx: Option<Cidr> = None, |v| maybe_cidr(v);
     /// Disk for journal and rewrites; everything on it is overwritten. `none` for no disk load.
     disk: String = "/dev/xvda".into(), |v| Ok(v.to_owned());
+    /// A second disk, overwritten too: a journal record is told only once both have it, and it has rewritten blocks of
+    /// its own. `none` for no such disk.
+    mirror: String = "none".into(), |v| Ok(v.to_owned());
     /// Journal records a second.
     journal: u32 = 5, |v| number(v, 0, 10_000);
     /// Versioned sectors rewritten a second.

@@ -85,10 +85,6 @@ fn check_guests(scenario: &Scenario, disks: &Names<'_>) -> Checked {
         if guest.vcpus == 0 {
             return misfit(&guest.name, "vcpus: a guest needs at least one".to_owned());
         }
-        if guest.witness && guest.vifs.is_empty() {
-            let message = "vif: a witness reports over the network and needs a [[guest.vif]]".to_owned();
-            return misfit(&guest.name, message);
-        }
         if let Err((span, message)) = guest.workload.settings() {
             return Err(Misfit { span, message });
         }
@@ -128,6 +124,10 @@ fn check_steps(scenario: &Scenario, hosts: &Names<'_>, guests: &Names<'_>) -> Ch
                 background = s.background.as_ref();
             }
             Step::Save(s) => guests.has("guest", &s.guest)?,
+            Step::Resolve(s) => {
+                guests.has("guest", &s.guest)?;
+                hosts.has("on", &s.on)?;
+            }
             Step::Restore(s) => {
                 guests.has("guest", &s.guest)?;
                 hosts.has("on", &s.on)?;
@@ -163,6 +163,23 @@ fn check_steps(scenario: &Scenario, hosts: &Names<'_>, guests: &Names<'_>) -> Ch
                 hosts.has("on", &s.on)?;
                 if s.process.is_some() == s.pidfile.is_some() {
                     return misfit(&s.on, "kill: give either `process` or `pidfile`".to_owned());
+                }
+            }
+            Step::Ferryd(s) => {
+                hosts.has("on", &s.on)?;
+                let known = scenario.host(s.on.get_ref()).is_some_and(|h| h.ferry || h.ferry_installed);
+                if !known {
+                    return misfit(&s.on, "on: Ferry is not installed there (`ferry` or `ferry-installed`)".to_owned());
+                }
+            }
+            Step::Fault(s) => {
+                guests.has("guest", &s.guest)?;
+                if scenario.hosts.iter().filter(|h| h.ferry).count() != 2 || scenario.hosts.len() != 2 {
+                    return misfit(&s.guest, "fault: it wants two hosts, both with `ferry = true`".to_owned());
+                }
+                let sided = |f: &String| f.starts_with("source.") || f.starts_with("destination.");
+                if s.faults.get_ref().is_empty() || !s.faults.get_ref().iter().all(sided) {
+                    return misfit(&s.faults, "faults: a list of \"source.…\" and \"destination.…\"".to_owned());
                 }
             }
             Step::Put(s) => hosts.has("on", &s.on)?,

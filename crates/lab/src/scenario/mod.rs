@@ -68,6 +68,9 @@ pub struct Host {
     /// Ferry is installed and running: its xenstored from the start, the hypervisor extension loaded, its daemon serving.
     #[serde(default)]
     pub ferry: bool,
+    /// Ferry's files are installed, and nothing of it runs: a host before Ferry came.
+    #[serde(default)]
+    pub ferry_installed: bool,
     /// So many domain ids are used up before the first step, so that the next free one differs from the other host's.
     #[serde(default)]
     pub used_domids: u16,
@@ -251,6 +254,12 @@ pub enum Step {
     Cable(CableStep),
     /// Send a signal to a process in a dom0.
     Kill(Kill),
+    /// Start Ferry's daemon, again if it runs, with faults planted.
+    Ferryd(Ferryd),
+    /// Move a guest to the other host with a fault planted, and see that exactly one of the two runs it in the end.
+    Fault(FaultStep),
+    /// Say on a host that the other is fenced, so that the guest of an open migration goes on there.
+    Resolve(Resolve),
     /// Stop a whole host (its vCPUs stand still; nothing is lost).
     PauseHost(OfHost),
     /// Let a paused host go on.
@@ -438,6 +447,42 @@ pub struct Kill {
     /// Name of the signal, without SIG.
     #[serde(default = "defaults::signal")]
     pub signal: String,
+}
+
+/// Start Ferry's daemon, again if it runs.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Ferryd {
+    pub on: Spanned<String>,
+    /// Planted in it, as `<point>=<cut|fail|crash>`; gone when it is started again.
+    #[serde(default)]
+    pub faults: Vec<String>,
+    /// It is started again when it ends.
+    #[serde(default = "defaults::yes")]
+    pub respawn: bool,
+}
+
+/// Move a guest to the other host with faults planted.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct FaultStep {
+    pub guest: Spanned<String>,
+    /// As `<point>=<cut|fail|crash>`; each must come to pass.
+    pub faults: Spanned<Vec<String>>,
+    /// The destination's preflight refuses the guest: its name is taken there.
+    #[serde(default)]
+    pub unfit: bool,
+    /// For the move, and again for both hosts to come to an end with it.
+    #[serde(default = "defaults::migrate_limit")]
+    pub limit: Span,
+}
+
+/// `ferry resolve`, first without `--peer-fenced`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Resolve {
+    pub guest: Spanned<String>,
+    pub on: Spanned<String>,
 }
 
 /// Copy a file into a dom0.
@@ -644,6 +689,9 @@ impl Step {
             Step::Heal(_) => "heal",
             Step::Cable(_) => "cable",
             Step::Kill(_) => "kill",
+            Step::Ferryd(_) => "ferryd",
+            Step::Fault(_) => "fault",
+            Step::Resolve(_) => "resolve",
             Step::PauseHost(_) => "pause-host",
             Step::ResumeHost(_) => "resume-host",
             Step::KillHost(_) => "kill-host",

@@ -7,12 +7,13 @@ use anyhow::{Context, Result, bail};
 
 use super::host::{End, Ran};
 use super::plan::{self, DOM0_FOLDER, GuestFiles, shell_word};
-use super::{Executor, Pending};
+use super::reach::type_text;
+use super::{Executor, Pending, ferryd};
 use crate::progress;
 use crate::scenario::{Console, Migrate, MigrateEnd, MigrateTool, Step};
 
 /// How long a look at a log or at a domid may take.
-const SHORT: Duration = Duration::from_secs(20);
+pub(super) const SHORT: Duration = Duration::from_secs(20);
 
 /// What a step does, for a person.
 pub(super) fn describe(executor: &Executor<'_>, step: &Step) -> String {
@@ -48,6 +49,10 @@ pub(super) fn describe(executor: &Executor<'_>, step: &Step) -> String {
             let what = s.process.as_deref().or(s.pidfile.as_deref()).unwrap_or("");
             format!("on {}: send SIG{} to {what}", s.on.get_ref(), s.signal)
         }
+        Step::Ferryd(s) if s.faults.is_empty() => format!("on {}: start ferryd", s.on.get_ref()),
+        Step::Ferryd(s) => format!("on {}: start ferryd with {}", s.on.get_ref(), s.faults.join(", ")),
+        Step::Fault(s) => format!("move {} with {}", s.guest.get_ref(), s.faults.get_ref().join(", ")),
+        Step::Resolve(s) => format!("resolve {} on {}, its peer being fenced", s.guest.get_ref(), s.on.get_ref()),
         Step::PauseHost(s) => format!("pause host {}", s.host.get_ref()),
         Step::ResumeHost(s) => format!("resume host {}", s.host.get_ref()),
         Step::KillHost(s) => format!("switch host {} off", s.host.get_ref()),
@@ -70,7 +75,7 @@ impl Executor<'_> {
             Step::Create(s) => self.create(s.guest.get_ref(), s.on.get_ref(), s.limit.0),
             Step::Wait(s) => {
                 let guest = s.guest.get_ref();
-                if let Err(error) = self.lab.peer.wait_beats(guest, s.reports, s.limit.0) {
+                if let Err(error) = self.wait_beats(guest, s.reports, s.limit.0) {
                     let logs = self.host_of(guest).map(|host| self.logs(host.name(), Some(guest))).unwrap_or_default();
                     bail!("{error}{logs}");
                 }
@@ -122,6 +127,9 @@ impl Executor<'_> {
                 let ran = self.host(s.on.get_ref())?.shell(&script, SHORT)?;
                 self.must(&ran, "kill", s.on.get_ref(), None)
             }
+            Step::Ferryd(s) => self.ferryd(s.on.get_ref(), &s.faults, s.respawn),
+            Step::Fault(s) => self.fault(s),
+            Step::Resolve(s) => self.resolve(s.guest.get_ref(), s.on.get_ref()),
             Step::PauseHost(s) => self.host(s.host.get_ref())?.pause(),
             Step::ResumeHost(s) => self.host(s.host.get_ref())?.resume(),
             Step::KillHost(s) => {
@@ -181,6 +189,13 @@ impl Executor<'_> {
         bail!("{what} on {host}: {}{}", ran.describe(), self.logs(host, guest))
     }
 
+    /// Starts Ferry's daemon on a host, after ending one that runs.
+    pub(super) fn ferryd(&self, on: &str, faults: &[String], respawn: bool) -> Result<()> {
+        let host = self.host(on)?;
+        self.must(&host.shell(&ferryd::stop(), SHORT)?, "stop ferryd", on, None)?;
+        self.must(&host.shell(&ferryd::start(faults, respawn), SHORT * 2)?, "start ferryd", on, None)
+    }
+
     fn create(&mut self, guest: &str, on: &str, limit: Duration) -> Result<()> {
         let Some((index, entry)) = self.lab.scenario.guests.iter().enumerate().find(|(_, g)| g.name.get_ref() == guest)
         else {
@@ -204,7 +219,9 @@ impl Executor<'_> {
             }
             switch.new_epoch(&format!("create {guest} on {on}"));
         }
-        self.lab.peer.begin(guest);
+        if !entry.vifs.is_empty() {
+            self.lab.peer.begin(guest);
+        }
         let ran = host.shell(&format!("xl create {}", shell_word(&files.config)), limit)?;
         self.must(&ran, "xl create", on, Some(guest))?;
         let record = self.record(guest);
@@ -287,7 +304,7 @@ impl Executor<'_> {
         Ok(())
     }
 
-    fn is_on(&self, guest: &str, host: &str) -> bool {
+    pub(super) fn is_on(&self, guest: &str, host: &str) -> bool {
         let script = format!("xl domid {}", shell_word(guest));
         self.host(host).and_then(|h| h.shell(&script, SHORT)).is_ok_and(|ran| ran.success())
     }
@@ -350,12 +367,7 @@ impl Executor<'_> {
         if let Some(text) = &step.text {
             let size = host.shell(&format!("stat -c %s {log} 2>/dev/null || echo 0"), SHORT)?;
             from = size.stdout.trim().parse::<u64>().unwrap_or(0);
-            let script = format!(
-                "d=$(xl domid {}) && t=$(xenstore-read /local/domain/$d/console/tty) && printf %s {} > \"$t\"",
-                shell_word(guest),
-                shell_word(text)
-            );
-            let ran = host.shell(&script, SHORT)?;
+            let ran = host.shell(&type_text(guest, text), SHORT)?;
             self.must(&ran, "type on the console", host.name(), Some(guest))?;
         }
         let Some(want) = &step.expect else { return Ok(()) };

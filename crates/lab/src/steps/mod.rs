@@ -2,9 +2,12 @@
 
 pub mod copies;
 mod each;
+mod fault;
+pub mod ferryd;
 pub mod host;
 pub mod plan;
 pub mod race;
+mod reach;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -140,6 +143,8 @@ pub struct Executor<'a> {
     pending: BTreeMap<String, Pending>,
     /// When a save began, by guest.
     saves: BTreeMap<String, usize>,
+    /// Of guests that report on their console only.
+    consoles: BTreeMap<String, reach::ConsoleReader>,
 }
 
 impl std::fmt::Debug for Executor<'_> {
@@ -155,7 +160,15 @@ impl<'a> Executor<'a> {
     /// Nothing is carried out yet.
     pub fn new(lab: Lab<'a>) -> Self {
         let guests = lab.scenario.guests.iter().map(|g| (g.name.get_ref().clone(), GuestRecord::default())).collect();
-        Self { lab, guests, moves: Vec::new(), results: Vec::new(), pending: BTreeMap::new(), saves: BTreeMap::new() }
+        Self {
+            lab,
+            guests,
+            moves: Vec::new(),
+            results: Vec::new(),
+            pending: BTreeMap::new(),
+            saves: BTreeMap::new(),
+            consoles: BTreeMap::new(),
+        }
     }
 
     /// What the steps work on.
@@ -211,7 +224,7 @@ impl<'a> Executor<'a> {
             if let Err(error) = self.look_after(&guest) {
                 failed.push(format!("{error:#}"));
             }
-            if let Err(error) = self.lab.peer.finish(&guest, Duration::from_secs(90)) {
+            if let Err(error) = self.last_report(&guest, Duration::from_secs(90)) {
                 failed.push(error.to_string());
             }
         }
@@ -250,10 +263,6 @@ impl<'a> Executor<'a> {
     fn mark(&self, guest: &str) -> PeerMark {
         let view = self.lab.peer.view().into_iter().find(|v| v.name == guest).unwrap_or_default();
         PeerMark { tcp_accepted: view.tcp_accepted, tcp_broken: view.tcp_broken }
-    }
-
-    fn snapshot(&self, guest: &str) -> Result<Received<Snapshot>> {
-        Ok(self.lab.peer.snapshot(guest, SNAPSHOT_LIMIT)?)
     }
 
     fn look_at_copies(&mut self, guest: &str) {
@@ -314,8 +323,16 @@ impl<'a> Executor<'a> {
         let Some(entry) = self.moves.get(index) else { return };
         let traffic = self.traffic(&entry.from, &entry.to).saturating_sub(entry.bytes);
         let guest = entry.guest.clone();
+        let to = entry.to.clone();
+        // The last that it wrote where it was.
+        if let Err(error) = self.read_console(&guest) {
+            progress::say(format!("{error:#}"));
+        }
+        if moved {
+            self.record(&guest).on = Some(to);
+        }
         // The window ends with the first report that was made after the tool's end.
-        let reported = self.has_witness(&guest) && self.lab.peer.wait_beats(&guest, 1, Duration::from_secs(20)).is_ok();
+        let reported = self.has_witness(&guest) && self.wait_beats(&guest, 1, Duration::from_secs(20)).is_ok();
         let first_after = self.lab.peer.view().into_iter().find(|v| v.name == guest && reported);
         let first_after = first_after.and_then(|v| v.beats.iter().find(|b| b.at >= now).map(|b| b.mono_ns));
         let Some(entry) = self.moves.get_mut(index) else { return };
@@ -325,10 +342,6 @@ impl<'a> Executor<'a> {
         entry.output = ran.text();
         if let (Some(window), Some(end)) = (&mut entry.window, first_after) {
             window.to_ns = end;
-        }
-        let to = entry.to.clone();
-        if moved {
-            self.record(&guest).on = Some(to);
         }
         self.look_at_copies(&guest);
     }

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
-use witness::config::{Cidr, Config};
+use witness::config::{Cidr, Config, ConsoleLevel};
 
 use crate::net::Mac;
 use crate::net::peer::{GuestLink, PeerConfig, Rates};
-use crate::scenario::{Guest, GuestType, Scenario};
+use crate::scenario::{Guest, GuestType, Scenario, Vbd};
 
 /// Folder in dom0 for what the lab puts there.
 pub const DOM0_FOLDER: &str = "/root/lab";
@@ -47,8 +47,18 @@ pub fn witness_config(index: usize, guest: &Guest) -> Config {
     config.peer = PEER_ADDR;
     config.addr = Some(Cidr { addr, prefix: PREFIX });
     config.rx = (guest.vifs.len() > 1).then_some(Cidr { addr: quiet, prefix: PREFIX });
-    if guest.vbds.is_empty() {
-        config.disk = "none".to_owned();
+    if guest.vifs.is_empty() {
+        // All that is left is the console.
+        (config.addr, config.tcp, config.udp) = (None, 0, 0);
+        config.console = ConsoleLevel::All;
+    }
+    // What the scenario itself says of a disk stays.
+    let device = |vbd: Option<&Vbd>| vbd.map_or_else(|| "none".to_owned(), |vbd| format!("/dev/{}", vbd.target));
+    if config.disk == Config::default().disk {
+        config.disk = device(guest.vbds.first());
+    }
+    if config.mirror == Config::default().mirror {
+        config.mirror = device(guest.vbds.get(1));
     }
     config
 }
@@ -209,6 +219,7 @@ kernel = "bzImage"
         let extra = config.lines().find(|l| l.starts_with("extra")).unwrap();
         let read = Config::from_command_line(extra).unwrap();
         assert_eq!(read.addr.unwrap().to_string(), "10.77.0.10/24");
+        assert_eq!((read.disk.as_str(), read.mirror.as_str()), ("/dev/xvda", "none"));
         assert_eq!(read.rx.unwrap().to_string(), "10.77.0.11/24");
         assert_eq!((read.peer, read.seed), (PEER_ADDR, 9));
 

@@ -10,7 +10,8 @@ type Answer = (&'static str, i32, &'static str);
 
 struct FakeHost {
     name: &'static str,
-    /// What a script that holds the text answers: exit code and output. The first that fits counts.
+    /// What a script that holds the text answers: exit code and output. The first that fits counts; `{n}` is a number that
+    /// rises.
     answers: Vec<Answer>,
     log: Mutex<Vec<String>>,
 }
@@ -20,13 +21,17 @@ impl LabHost for FakeHost {
         self.name
     }
     fn shell(&self, script: &str, _: Duration) -> Result<Ran> {
-        self.log.lock().unwrap().push(script.to_owned());
+        let n = {
+            let mut log = self.log.lock().unwrap();
+            log.push(script.to_owned());
+            log.len()
+        };
         let answer = self.answers.iter().find(|(text, ..)| script.contains(text));
         let (_, code, text) = answer.copied().unwrap_or(("", 0, ""));
         if text == "slow" {
             std::thread::sleep(Duration::from_secs(1));
         }
-        Ok(Ran { end: End::Exited(code), stdout: text.to_owned(), stderr: String::new() })
+        Ok(Ran { end: End::Exited(code), stdout: text.replace("{n}", &n.to_string()), stderr: String::new() })
     }
     fn put(&self, bytes: &[u8], path: &str, _: u32) -> Result<()> {
         self.log.lock().unwrap().push(format!("put {path}\n{}", String::from_utf8_lossy(bytes)));
@@ -61,8 +66,16 @@ struct Done {
 }
 
 fn run(steps: &str, a: Vec<Answer>, b: Vec<Answer>) -> Done {
+    run_on("", steps, a, b)
+}
+
+fn run_with_ferry(steps: &str, a: Vec<Answer>, b: Vec<Answer>) -> Done {
+    run_on("ferry = true\n", steps, a, b)
+}
+
+fn run_on(host: &str, steps: &str, a: Vec<Answer>, b: Vec<Answer>) -> Done {
     let text = format!(
-        "about = \"x\"\n[[host]]\nname = \"a\"\n[[host]]\nname = \"b\"\n[[guest]]\nname = \"g\"\nwitness = false\n\
+        "about = \"x\"\n[[host]]\nname = \"a\"\n{host}[[host]]\nname = \"b\"\n{host}[[guest]]\nname = \"g\"\nwitness = false\n\
          [[guest.vif]]\nmac = \"00:16:3e:00:00:01\"\n[[guest]]\nname = \"w\"\n[[guest.vif]]\n\
          mac = \"00:16:3e:00:00:02\"\n{steps}"
     );
@@ -188,4 +201,52 @@ fn hosts_and_files_are_handled() {
     assert_eq!(done.logs[0], ["PAUSE", "RESUME", "KILL"]);
     assert!(done.logs[1][0].contains("pidof 'ferryd'"), "{}", done.logs[1][0]);
     assert_eq!(std::fs::read_to_string(done.folder.path().join("y")).unwrap(), "contents of /x");
+}
+
+const FAULT: &str = "[[step]]\nfault = { guest = \"g\", faults = [\"source.before.freeze=fail\"], limit = \"1ms\" }\n";
+const ONE: &str = "g 1 256 1 r----- {n}.0\n";
+
+/// The count of faults rises with each look.
+const FIRES: Answer = ("grep -cF", 0, "{n}\n");
+
+#[test]
+fn a_fault_must_come_to_pass_and_be_resolved() {
+    let text = format!("{CREATE}{FAULT}");
+    let stays = || vec![("xl domid", 1, "")];
+    let fails = |a| format!("{:#}", run_with_ferry(&text, a, stays()).result.unwrap_err());
+    let error = fails(vec![("grep -cF", 0, "0\n"), ("xl list", 0, ONE)]);
+    assert!(error.contains("the fault at source.before.freeze did not come to pass"), "{error}");
+    let error = fails(vec![("find /var/lib/ferry/journal", 1, "g: committed"), FIRES, ("xl list", 0, ONE)]);
+    assert!(error.contains("a is not done: g: committed"), "{error}");
+    let done = run_with_ferry(&text, vec![FIRES, ("xl list", 0, ONE)], stays());
+    done.result.unwrap();
+    assert!(!done.moves[0].moved);
+    let script = done.logs[0].iter().find(|s| s.contains("setsid")).unwrap();
+    assert!(script.contains("FERRY_FAULT=source.before.freeze=fail "), "{script}");
+    assert!(!done.logs[1].iter().any(|s| s.contains("setsid")), "the other daemon is left alone");
+}
+
+#[test]
+fn two_copies_or_none_after_a_fault_are_an_error() {
+    let text = format!("{CREATE}{FAULT}");
+    let fails = |a, b| format!("{:#}", run_with_ferry(&text, a, b).result.unwrap_err());
+    let error = fails(vec![FIRES, ("xl list", 0, ONE)], vec![("xl list", 0, ONE)]);
+    assert!(error.contains("exactly one copy of g must be there, and run: ") && error.contains("b as d1"), "{error}");
+    let error = fails(vec![FIRES], vec![]);
+    assert!(error.contains("no host has it"), "{error}");
+    // It is there and stands still.
+    let error = fails(vec![FIRES, ("xl list", 0, "g 1 256 1 --p--- 7.0\n")], vec![]);
+    assert!(error.contains("used 0.0 s"), "{error}");
+}
+
+#[test]
+fn an_open_migration_is_resolved_only_by_a_statement() {
+    let text = format!("{CREATE}{XL}[[step]]\nresolve = {{ guest = \"g\", on = \"b\" }}\n");
+    let says: Answer = ("ferry resolve 'g' --peer-fenced", 0, "");
+    let good = vec![says, ("ferry resolve", 3, "say so with --peer-fenced"), ("xl list", 0, "g 1 256 1 -b---- 1.0\n")];
+    assert!(run(&text, vec![], good).result.is_ok());
+    let obeys_at_once = vec![says, ("ferry resolve", 0, "")];
+    assert!(run(&text, vec![], obeys_at_once).result.is_err());
+    let refuses = vec![("ferry resolve", 3, "say so with --peer-fenced")];
+    assert!(run(&text, vec![], refuses).result.is_err());
 }

@@ -418,6 +418,14 @@ impl Peer {
         }
     }
 
+    /// A report of a guest that came by its console.
+    pub fn console_report(&self, guest: &str, line: &[u8]) {
+        let now = self.shared.clock.now();
+        if let Some((_, known)) = self.shared.lock().iter_mut().find(|(link, _)| link.name == guest) {
+            known.report(now, line);
+        }
+    }
+
     /// Waits until the witness has sent `n` further beats.
     pub fn wait_beats(&self, guest: &str, n: u32, limit: Duration) -> Result<(), NoReport> {
         let now = self.shared.clock.now();

@@ -24,6 +24,7 @@ fn open(path: &str) -> io::Result<File> {
 /// The rewritten blocks and what was acknowledged of each.
 #[derive(Debug)]
 pub struct Rewriter {
+    path: String,
     file: File,
     aio: Aio,
     blocks: Blocks,
@@ -32,11 +33,14 @@ pub struct Rewriter {
     /// Acknowledged version of each block; 0 before its first write, `None` after a failed write: either may be there.
     versions: Vec<Option<u64>>,
     next_group: u32,
+    /// Rounds begun so far: the versions.
+    rounds: u64,
 }
 
 impl Rewriter {
-    fn new(file: File, seed: u64, depth: u32) -> io::Result<Rewriter> {
+    fn new(path: &str, file: File, seed: u64, depth: u32) -> io::Result<Rewriter> {
         Ok(Rewriter {
+            path: path.to_owned(),
             file,
             aio: Aio::new(depth)?,
             blocks: Blocks::new(depth as usize, BLOCK),
@@ -44,6 +48,7 @@ impl Rewriter {
             depth,
             versions: vec![Some(0); (depth * GROUPS) as usize],
             next_group: 0,
+            rounds: 0,
         })
     }
 
@@ -60,7 +65,8 @@ impl Rewriter {
         let op = if kind == Kind::Read { "read" } else { "write" };
         let fail = |slot: u32, error: String| {
             ctx.counters.disk_bad.add(1);
-            ctx.notice(Noticed::DiskError { op: op.into(), offset: rewrite_offset(slot), error });
+            let op = format!("{op} of {}", self.path);
+            ctx.notice(Noticed::DiskError { op, offset: rewrite_offset(slot), error });
         };
         match results {
             Err(e) => {
@@ -101,7 +107,8 @@ impl Rewriter {
                 ctx.counters.rereads.add(1);
             } else {
                 ctx.counters.disk_bad.add(1);
-                ctx.notice(Noticed::DiskWrong { slot: slot.into(), area: "rewrite".into(), want, found });
+                let area = format!("{} rewrite", self.path);
+                ctx.notice(Noticed::DiskWrong { slot: slot.into(), area, want, found });
                 // Reported once.
                 if let Some(v) = self.versions.get_mut(slot as usize) {
                     *v = None;
@@ -115,7 +122,9 @@ impl Rewriter {
         let group = self.next_group;
         self.next_group = (group + 1) % GROUPS;
         self.check(ctx, group);
-        let version = ctx.counters.rewrites.get() / u64::from(self.depth) + 1;
+        // They rise whether the requests go well or not.
+        self.rounds += 1;
+        let version = self.rounds;
         for (i, slot) in self.slots(group).enumerate() {
             let record =
                 Record { area: Area::Rewrite, seed: self.seed, number: slot.into(), version, mono_ns: mono_ns() };
@@ -126,7 +135,6 @@ impl Rewriter {
                 *v = ok.then_some(version);
             }
         }
-        // The versions rise with this counter, whether the requests went well or not.
         ctx.counters.rewrites.add(self.depth.into());
     }
 
@@ -142,19 +150,35 @@ fn note_time(ctx: &Context, start: Instant) {
     ctx.counters.disk_max_ms.max(u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX));
 }
 
-/// Writes a record and waits until it is on the disk.
-fn write_record(file: &File, blocks: &mut Blocks, seed: u64, record: u64) -> Result<u32, (&'static str, io::Error)> {
+/// Writes a record and waits until it is on every disk.
+fn write_record(files: &[File], blocks: &mut Blocks, seed: u64, record: u64) -> Result<u32, (&'static str, io::Error)> {
     let r = Record { area: Area::Journal, seed, number: record, version: 1, mono_ns: mono_ns() };
     let (sector, crc) = r.encode();
     blocks.get_mut(0).copy_from_slice(&sector);
-    file.write_all_at(blocks.get(0), journal_offset(record)).map_err(|e| ("journal write", e))?;
-    file.sync_data().map_err(|e| ("journal fsync", e))?;
+    for file in files {
+        file.write_all_at(blocks.get(0), journal_offset(record)).map_err(|e| ("journal write", e))?;
+    }
+    for file in files {
+        file.sync_data().map_err(|e| ("journal fsync", e))?;
+    }
     Ok(crc)
 }
 
-/// Reads the records back that were written last.
-pub fn check_journal(ctx: &Context) {
-    let Ok(file) = open(&ctx.config.disk) else { return };
+/// The disks that the settings name.
+fn paths(ctx: &Context) -> Vec<String> {
+    [&ctx.config.disk, &ctx.config.mirror].into_iter().filter(|path| *path != "none").cloned().collect()
+}
+
+/// Reads the records back that were written last, from each disk.
+pub fn check_journals(ctx: &Context) {
+    for path in paths(ctx) {
+        if let Ok(file) = open(&path) {
+            check_journal(ctx, &path, &file);
+        }
+    }
+}
+
+fn check_journal(ctx: &Context, path: &str, file: &File) {
     let mut blocks = Blocks::new(1, SECTOR);
     let told = |_| None;
     let read = |at: u64, buf: &mut [u8]| {
@@ -167,72 +191,85 @@ pub fn check_journal(ctx: &Context) {
         use witness::disk::JournalFault as F;
         let (record, found) = match &fault {
             F::Read { record, error } => {
-                let offset = journal_offset(*record);
-                ctx.notice(Noticed::DiskError { op: "journal read".into(), offset, error: error.clone() });
+                let (op, offset) = (format!("journal read of {path}"), journal_offset(*record));
+                ctx.notice(Noticed::DiskError { op, offset, error: error.clone() });
                 continue;
             }
             F::Lost { record, .. } | F::Changed { record, .. } => (*record, 0),
             F::Other { record, found, .. } => (*record, *found),
         };
-        ctx.notice(Noticed::DiskWrong { slot: record, area: "journal".into(), want: record, found });
+        ctx.notice(Noticed::DiskWrong { slot: record, area: format!("{path} journal"), want: record, found });
     }
 }
 
-/// Starts journal and rewrites; says why it can't. The rewriter is handed out for the last check.
-pub fn start(ctx: &Arc<Context>) -> Result<Option<Arc<Mutex<Rewriter>>>, String> {
-    let path = ctx.config.disk.clone();
-    if path == "none" {
-        return Ok(None);
-    }
+/// Opens a disk that is there and large enough.
+fn open_disk(ctx: &Context, path: &str) -> Result<File, String> {
     let at = |e: io::Error| format!("disk: {path}: {e}");
-    if !crate::boot::wait_for(&path, Duration::from_secs(if crate::is_init() { 20 } else { 0 })) {
+    if !crate::boot::wait_for(path, Duration::from_secs(if crate::is_init() { 20 } else { 0 })) {
         return Err(format!("disk: {path}: no such device"));
     }
-    let mut file = open(&path).map_err(at)?;
+    let mut file = open(path).map_err(at)?;
     let size = file.seek(SeekFrom::End(0)).map_err(at)?;
     let least = least_size(ctx.config.depth * GROUPS);
     if size < least {
         return Err(format!("disk: {path} has {size} bytes, the load needs {least}"));
     }
-    if ctx.config.journal > 0 {
-        let journal = open(&path).map_err(at)?;
-        let c = ctx.clone();
-        crate::spawn("journal", move || {
-            let mut pacer = Pacer::new(c.config.journal);
-            let mut blocks = Blocks::new(1, SECTOR);
-            loop {
-                pacer.wait(&c);
-                let record = c.counters.journal.get() + 1;
-                let start = Instant::now();
-                let result = write_record(&journal, &mut blocks, c.config.seed, record);
-                note_time(&c, start);
-                match result {
-                    Ok(crc) => {
-                        c.counters.journal.set(record);
-                        c.send(Body::Journal(JournalAck { record, crc }));
-                    }
-                    Err((op, e)) => {
-                        c.counters.disk_bad.add(1);
-                        let offset = journal_offset(record);
-                        c.notice(Noticed::DiskError { op: op.into(), offset, error: e.to_string() });
-                        std::thread::sleep(Duration::from_secs(1));
-                    }
+    Ok(file)
+}
+
+/// Starts journal and rewrites; says why it can't. The rewriters are handed out for the last check.
+pub fn start(ctx: &Arc<Context>) -> Result<Vec<Arc<Mutex<Rewriter>>>, String> {
+    let paths = paths(ctx);
+    let mut rewriters = Vec::new();
+    for path in &paths {
+        let file = open_disk(ctx, path)?;
+        let rewriter = Rewriter::new(path, file, ctx.config.seed, ctx.config.depth);
+        rewriters.push(Arc::new(Mutex::new(rewriter.map_err(|e| format!("disk: {path}: {e}"))?)));
+    }
+    if ctx.config.journal > 0 && !paths.is_empty() {
+        let open = |path: &String| open(path).map_err(|e| format!("disk: {path}: {e}"));
+        start_journal(ctx, paths.iter().map(open).collect::<Result<_, _>>()?);
+    }
+    for rewriter in &rewriters {
+        if ctx.config.rewrite > 0 {
+            let (c, r) = (ctx.clone(), rewriter.clone());
+            crate::spawn("rewrite", move || {
+                let period = Duration::from_secs(c.config.depth.into()) / c.config.rewrite;
+                let mut pacer = Pacer::every(period);
+                loop {
+                    pacer.wait(&c);
+                    lock(&r).round(&c);
+                }
+            });
+        }
+    }
+    Ok(rewriters)
+}
+
+/// Starts the journal on these disks.
+fn start_journal(ctx: &Arc<Context>, files: Vec<File>) {
+    let c = ctx.clone();
+    crate::spawn("journal", move || {
+        let mut pacer = Pacer::new(c.config.journal);
+        let mut blocks = Blocks::new(1, SECTOR);
+        loop {
+            pacer.wait(&c);
+            let record = c.counters.journal.get() + 1;
+            let start = Instant::now();
+            let result = write_record(&files, &mut blocks, c.config.seed, record);
+            note_time(&c, start);
+            match result {
+                Ok(crc) => {
+                    c.counters.journal.set(record);
+                    c.send(Body::Journal(JournalAck { record, crc }));
+                }
+                Err((op, e)) => {
+                    c.counters.disk_bad.add(1);
+                    let offset = journal_offset(record);
+                    c.notice(Noticed::DiskError { op: op.into(), offset, error: e.to_string() });
+                    std::thread::sleep(Duration::from_secs(1));
                 }
             }
-        });
-    }
-    let rewriter = Rewriter::new(file, ctx.config.seed, ctx.config.depth).map_err(at)?;
-    let rewriter = Arc::new(Mutex::new(rewriter));
-    if ctx.config.rewrite > 0 {
-        let (c, r) = (ctx.clone(), rewriter.clone());
-        crate::spawn("rewrite", move || {
-            let period = Duration::from_secs(c.config.depth.into()) / c.config.rewrite;
-            let mut pacer = Pacer::every(period);
-            loop {
-                pacer.wait(&c);
-                lock(&r).round(&c);
-            }
-        });
-    }
-    Ok(Some(rewriter))
+        }
+    });
 }

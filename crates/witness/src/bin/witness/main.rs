@@ -140,9 +140,9 @@ fn run() -> Result<(), String> {
     wrong.extend(lock(&xen).absent());
     wrong.extend(events::start(&ctx).err().map(|e| format!("own event channel: {e}")));
     wrong.extend(store::start(&ctx).err());
-    let disk = block::start(&ctx).unwrap_or_else(|e| {
+    let disks = block::start(&ctx).unwrap_or_else(|e| {
         wrong.push(e);
-        None
+        Vec::new()
     });
     let memory = memory::start(&ctx);
     registers::start(&ctx);
@@ -167,7 +167,7 @@ fn run() -> Result<(), String> {
     }));
     start_beat(&ctx, start);
     ctx.send(Body::Snapshot(Box::new(look::snapshot(&ctx, &xen, "start"))));
-    obey(&ctx, &xen, disk.as_deref(), memory.as_deref(), &received)
+    obey(&ctx, &xen, &disks, memory.as_deref(), &received)
 }
 
 fn start_beat(ctx: &Arc<Context>, start: Instant) {
@@ -204,7 +204,7 @@ fn read_console(ctx: &Arc<Context>, commands: &Sender<(Command, Option<SocketAdd
 fn obey(
     ctx: &Context,
     xen: &Mutex<look::XenSide>,
-    disk: Option<&Mutex<block::Rewriter>>,
+    disks: &[Arc<Mutex<block::Rewriter>>],
     memory: Option<&Mutex<memory::Region>>,
     received: &mpsc::Receiver<(Command, Option<SocketAddr>)>,
 ) -> Result<(), String> {
@@ -228,7 +228,7 @@ fn obey(
             }
             Some(Command::Ping) | None => {}
             Some(Command::Finish) => {
-                finish(ctx, xen, disk, memory);
+                finish(ctx, xen, disks, memory);
                 finished = true;
             }
         }
@@ -237,7 +237,7 @@ fn obey(
             ctx.send(Body::Snapshot(Box::new(look::snapshot(ctx, xen, "periodic"))));
         }
         if !end.is_zero() && start.elapsed() >= end && !finished {
-            finish(ctx, xen, disk, memory);
+            finish(ctx, xen, disks, memory);
             finished = true;
             if !is_init() {
                 return Ok(());
@@ -253,7 +253,7 @@ fn obey(
 fn finish(
     ctx: &Context,
     xen: &Mutex<look::XenSide>,
-    disk: Option<&Mutex<block::Rewriter>>,
+    disks: &[Arc<Mutex<block::Rewriter>>],
     memory: Option<&Mutex<memory::Region>>,
 ) {
     ctx.set_phase(Phase::Quiet);
@@ -262,10 +262,10 @@ fn finish(
     if let Some(region) = memory {
         memory::report(ctx, lock(region).check_all());
     }
-    if let Some(rewriter) = disk {
+    for rewriter in disks {
         lock(rewriter).check_all(ctx);
-        block::check_journal(ctx);
     }
+    block::check_journals(ctx);
     let snapshot = look::snapshot(ctx, xen, "final");
     let clean = snapshot.counters.anomalies == 0;
     ctx.send(Body::Final(Box::new(Final { clean, snapshot })));

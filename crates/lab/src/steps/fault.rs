@@ -1,0 +1,153 @@
+//! The `fault` step: a move during which something breaks, and what must hold when both hosts are done with it.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::each::SHORT;
+use super::host::End;
+use super::plan::{host_addr, shell_word};
+use super::{Executor, ferryd};
+use crate::progress;
+use crate::scenario::FaultStep;
+
+/// Time between two looks whether the daemons are done.
+const PERIOD: Duration = Duration::from_secs(1);
+/// Makes the guest's name taken in the eyes of the preflight; no such domain can exist.
+const NOBODY: &str = "/local/domain/32751";
+
+/// Fails, and writes what is left to do, unless the daemon is there and done with everything.
+const IDLE: &str = "s=$(ferry status 2>&1); f=$(find /var/lib/ferry/journal /var/lib/ferry/undo -type f); \
+                    [ \"$s\" = 'no migration is under way' ] && [ -z \"$f\" ] || { echo \"$s\"; echo $f; exit 1; }";
+
+/// A fault that must come to pass.
+struct Planted<'s> {
+    host: String,
+    point: &'s str,
+    /// How often it had before, in the host's log.
+    before: u64,
+}
+
+impl Executor<'_> {
+    pub(super) fn fault(&mut self, step: &FaultStep) -> Result<()> {
+        let guest = step.guest.get_ref();
+        let from = self.host_of(guest)?.name().to_owned();
+        let there = self.lab.hosts.iter().position(|h| h.name() != from).context("there is no other host")?;
+        let to = self.lab.hosts.get(there).map(|h| h.name().to_owned()).unwrap_or_default();
+        let mut planted = Vec::new();
+        for (side, host) in [("source.", &from), ("destination.", &to)] {
+            let faults: Vec<String> = step.faults.get_ref().iter().filter(|f| f.starts_with(side)).cloned().collect();
+            if !faults.is_empty() {
+                self.ferryd(host, &faults, true)?;
+            }
+        }
+        for fault in step.faults.get_ref() {
+            let host = if fault.starts_with("source.") { &from } else { &to };
+            let point = fault.split_once('=').map_or(fault.as_str(), |(point, _)| point);
+            planted.push(Planted { host: host.clone(), point, before: self.fired(host, point)? });
+        }
+        if step.unfit {
+            self.shell(&to, &format!("xenstore-write {NOBODY}/name {}", shell_word(guest)))?;
+        }
+        let moving = self.begin_move(guest, "ferry migrate", &to)?;
+        let script = format!("ferry migrate {} {}", shell_word(guest), host_addr(there));
+        let ran = self.host(&from)?.shell(&script, step.limit.0)?;
+        let settled = self.wait_done(&[&from, &to], &planted, step.limit.0);
+        if step.unfit {
+            self.shell(&to, &format!("xenstore-rm {NOBODY}"))?;
+        }
+        let moved = self.is_on(guest, &to);
+        self.end_move(moving, &ran, moved, None);
+        settled.with_context(|| format!("ferry migrate {guest} from {from} to {to}: {}", ran.describe()))?;
+        self.must_run_once(guest)?;
+        let now = if moved { &to } else { &from };
+        progress::say(format!("{guest} runs on {now}; ferry migrate: {}", ran.describe()));
+        if self.has_witness(guest) {
+            self.wait_beats(guest, 2, Duration::from_secs(90))?;
+        }
+        Ok(())
+    }
+
+    /// The operator's word that the other host is fenced. It must be asked for, and then the guest must go on here.
+    pub(super) fn resolve(&mut self, guest: &str, on: &str) -> Result<()> {
+        let host = self.host(on)?;
+        let resolve = format!("ferry resolve {}", shell_word(guest));
+        let refused = host.shell(&resolve, SHORT)?;
+        if refused.end != End::Exited(3) || !refused.text().contains("--peer-fenced") {
+            bail!("without --peer-fenced it must be refused with exit code 3 and say so: {}", refused.describe());
+        }
+        let ran = host.shell(&format!("{resolve} --peer-fenced"), SHORT)?;
+        if !ran.success() {
+            bail!("ferry resolve --peer-fenced on {on}: {}{}", ran.describe(), self.ferryd_log(on));
+        }
+        let end = Instant::now() + Duration::from_secs(60);
+        while self.shell(on, &format!("xl list {}", shell_word(guest)))?.contains("--p---") {
+            if Instant::now() > end {
+                bail!("{guest} is still paused on {on}{}", self.ferryd_log(on));
+            }
+            std::thread::sleep(PERIOD);
+        }
+        // The move ends only now.
+        self.record(guest).on = Some(on.to_owned());
+        let moving = self.moves.iter().rposition(|m| m.guest == guest).context("no step has moved it")?;
+        let moved = self.moves.get(moving).is_some_and(|m| m.to == on);
+        self.end_move(moving, &ran, moved, None);
+        Ok(())
+    }
+
+    fn shell(&self, host: &str, script: &str) -> Result<String> {
+        let ran = self.host(host)?.shell(script, SHORT)?;
+        if !ran.success() {
+            bail!("on {host}: {script}: {}", ran.describe());
+        }
+        Ok(ran.stdout)
+    }
+
+    /// How often a fault has come to pass on a host.
+    fn fired(&self, host: &str, point: &str) -> Result<u64> {
+        let text = self.shell(host, &ferryd::count_fired(point))?;
+        text.trim().parse().with_context(|| format!("on {host}: a count of faults was expected, not {text:?}"))
+    }
+
+    /// Waits until every fault has come to pass and both daemons are done with the move.
+    fn wait_done(&self, hosts: &[&str], planted: &[Planted<'_>], limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        loop {
+            let mut open = Vec::new();
+            for fault in planted {
+                if self.fired(&fault.host, fault.point)? <= fault.before {
+                    open.push(format!("the fault at {} did not come to pass", fault.point));
+                }
+            }
+            for host in hosts {
+                let ran = self.host(host)?.shell(IDLE, SHORT)?;
+                if !ran.success() {
+                    open.push(format!("{host} is not done: {}", ran.text().trim()));
+                }
+            }
+            if open.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                let logs: Vec<String> = hosts.iter().map(|host| self.ferryd_log(host)).collect();
+                bail!("{}{}", open.join("; "), logs.concat());
+            }
+            std::thread::sleep(PERIOD);
+        }
+    }
+
+    fn ferryd_log(&self, host: &str) -> String {
+        let text = self.shell(host, &format!("tail -n 25 {}", ferryd::LOG)).unwrap_or_default();
+        let lines: String = text.lines().map(|line| format!("\n    | {line}")).collect();
+        format!("\n  ferryd on {host}:{lines}")
+    }
+
+    /// By the look at all copies that ended the move.
+    fn must_run_once(&self, guest: &str) -> Result<()> {
+        let copies = self.guests.get(guest).and_then(|r| r.copies.last()).context("nobody looked at the guest")?;
+        if copies.second.len() != 1 || copies.running().len() != 1 || !copies.unseen.is_empty() {
+            bail!("exactly one copy of {guest} must be there, and run: {}", copies.describe());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,322 @@
+//! `cargo xtask faults`: each fault at each point of the handshake, one by one, on two hosts in the lab.
+//!
+//! The points are those of `migrate::fault_points`. A scenario is written with one `fault` step for each; a guest goes to and
+//! fro between one pair of hosts for as long as all goes well. A failed step ends a run, and the rest gets new hosts.
+
+use crate::build;
+use anyhow::{Context, Result, bail};
+use migrate::fault_points::{self, Lead, Plant};
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+/// What is run.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Only points whose name holds this: `source.before.journal-go`, `connect`
+    #[arg(long, value_name = "POINT")]
+    step: Option<String>,
+    /// Only this kind of fault
+    #[arg(long, value_parser = ["cut", "fail", "crash"])]
+    kind: Option<String>,
+    /// Only tell what would be run
+    #[arg(long)]
+    list: bool,
+    /// Leave out so many: to go on where a run was ended
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    skip: usize,
+    /// So many for one pair of hosts
+    #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
+    chunk: usize,
+}
+
+/// A fault with what must go wrong before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Case {
+    plant: Plant,
+    lead: Lead,
+}
+
+impl Case {
+    /// All that is planted, as the scenario has it.
+    fn faults(&self) -> Vec<String> {
+        let lead = self.lead.plant().filter(|lead| lead.point != self.plant.point);
+        lead.iter().chain([&self.plant]).map(ToString::to_string).collect()
+    }
+}
+
+/// How one came out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Outcome {
+    case: Case,
+    /// What was wrong; nothing if all held.
+    wrong: Vec<String>,
+}
+
+fn cases(options: &Options) -> Vec<Case> {
+    let points = fault_points::all().into_iter();
+    let wanted = points.filter(|p| options.step.as_ref().is_none_or(|step| p.name.contains(step.as_str())));
+    let each = wanted.flat_map(|point| {
+        let of = |fault: &migrate::host::Fault| Case {
+            plant: Plant { point: point.name.clone(), fault: *fault },
+            lead: point.lead,
+        };
+        point.faults().iter().map(of).collect::<Vec<_>>()
+    });
+    each.filter(|c| options.kind.as_ref().is_none_or(|kind| c.plant.fault.to_string() == *kind))
+        .skip(options.skip)
+        .collect()
+}
+
+/// The hosts and the guest. It is small, so that a move is short.
+const STAGE: &str = r#"
+[[host]]
+name = "a"
+ferry = true
+
+[[host]]
+name = "b"
+ferry = true
+
+[[disk]]
+name = "lun"
+delay = "5ms"
+
+[[guest]]
+name = "g"
+memory = "192M"
+[guest.workload]
+mem-mib = 4
+journal = 5
+rewrite = 32
+churn-kib = 128
+tcp = 5
+udp = 10
+tick-duty = 5
+regs-spin-us = 500
+[guest.peer]
+tcp = 5
+udp = 5
+quiet = 10
+[[guest.vif]]
+mac = "00:16:3e:f0:00:01"
+[[guest.vif]]
+mac = "00:16:3e:f0:00:02"
+[[guest.vbd]]
+disk = "lun"
+
+[[step]]
+create = { guest = "g", on = "a" }
+
+[[step]]
+wait = { guest = "g", reports = 3, limit = "180s" }
+
+[[step]]
+sleep = "10s"
+"#;
+/// Steps of [`STAGE`].
+const BEFORE: usize = 3;
+/// A generous time for each, with the two looks at the guest.
+const SECONDS_EACH: usize = 420;
+
+fn scenario(cases: &[Case]) -> String {
+    let seconds = 600 + cases.len() * SECONDS_EACH;
+    let mut text = format!(
+        "about = \"Faults at {} points of the handshake, one after another: one host runs the guest, which notices nothing.\"\n\
+         time-limit = \"{seconds}s\"\n{STAGE}",
+        cases.len()
+    );
+    for case in cases {
+        let faults: Vec<String> = case.faults().iter().map(|f| format!("{f:?}")).collect();
+        let unfit = if case.lead == Lead::Unfit { ", unfit = true" } else { "" };
+        let _ = write!(text, "\n[[step]]\nfault = {{ guest = \"g\", faults = [{}]{unfit} }}\n", faults.join(", "));
+    }
+    text.push_str("\n[expect]\nevery-promise = \"pass\"\n");
+    text
+}
+
+/// Runs all, or lists them.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let cases = cases(options);
+    if cases.is_empty() {
+        bail!("no point of the handshake fits; `cargo xtask faults --list` shows all");
+    }
+    if options.list {
+        for (number, case) in cases.iter().enumerate() {
+            println!("{:>4}  {}", options.skip + number, describe(case));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let lab = build::everything()?;
+    let folder = build::root()?.join("target/faults");
+    fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    let mut done: Vec<Outcome> = Vec::new();
+    while let Some(rest) = cases.get(done.len()..).filter(|rest| !rest.is_empty()) {
+        let chunk = rest.get(..options.chunk.min(rest.len())).unwrap_or(rest);
+        let outcomes = run_chunk(&lab, &folder, done.len(), chunk)?;
+        done.extend(outcomes);
+    }
+    println!("\n=== faults");
+    for outcome in &done {
+        let word = if outcome.wrong.is_empty() { "pass" } else { "FAIL" };
+        println!("{word}  {}", describe(&outcome.case));
+        outcome.wrong.iter().for_each(|wrong| println!("      {wrong}"));
+    }
+    let failed = done.iter().filter(|outcome| !outcome.wrong.is_empty()).count();
+    println!("{} passed, {failed} failed", done.len() - failed);
+    Ok(ExitCode::from(u8::from(failed > 0)))
+}
+
+fn describe(case: &Case) -> String {
+    let lead = match case.lead {
+        Lead::None => String::new(),
+        Lead::Unfit => " (the destination refuses the guest)".to_owned(),
+        lead => lead.plant().map(|lead| format!(" (after {lead})")).unwrap_or_default(),
+    };
+    format!("{}{lead}", case.plant)
+}
+
+/// Runs a scenario for these; gives the outcome of those that it came to, at least one.
+fn run_chunk(lab: &Path, folder: &Path, first: usize, chunk: &[Case]) -> Result<Vec<Outcome>> {
+    let name = format!("faults-{first:03}");
+    let (file, json) = (folder.join(format!("{name}.toml")), folder.join(format!("{name}.json")));
+    fs::write(&file, scenario(chunk)).with_context(|| format!("write {}", file.display()))?;
+    let _ = fs::remove_file(&json);
+    let limit = (900 + chunk.len() * SECONDS_EACH).to_string();
+    Command::new(lab)
+        .arg("run")
+        .args(["--wait", "600", "--time-limit", &limit, "--json"])
+        .args([&json, &file])
+        .current_dir(build::root()?)
+        .status()
+        .with_context(|| format!("run {}", lab.display()))?;
+    let text = fs::read(&json).context("the lab left no report: it was ended, or its hosts did not come up")?;
+    let report = serde_json::from_slice(&text).with_context(|| format!("read {}", json.display()))?;
+    outcomes(&report, chunk).with_context(|| format!("{}", json.display()))
+}
+
+/// Reads the lab's report: which faults it came to, and what was wrong.
+fn outcomes(report: &Value, chunk: &[Case]) -> Result<Vec<Outcome>> {
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let steps = list(&report["steps"]);
+    let reached = steps.len().saturating_sub(BEFORE);
+    if reached == 0 {
+        bail!("no fault was come to: {}", report["error"].as_str().unwrap_or("no reason is in the report"));
+    }
+    let mut outcomes: Vec<Outcome> =
+        chunk.iter().take(reached).map(|case| Outcome { case: case.clone(), wrong: Vec::new() }).collect();
+    let errors = steps.iter().skip(BEFORE).map(|step| step["error"].as_str());
+    for (outcome, error) in outcomes.iter_mut().zip(errors) {
+        outcome.wrong.extend(error.map(str::to_owned));
+    }
+    // Each step is one move. What can't be put down to one is put down to the last.
+    for judged in list(&report["guests"]).iter().flat_map(|guest| list(&guest["verdict"])) {
+        if judged["outcome"] != "fail" {
+            continue;
+        }
+        let promise = judged["promise"].as_str().unwrap_or("?");
+        let evidence = list(&judged["evidence"]);
+        let broken = evidence.first().and_then(Value::as_str).unwrap_or("no evidence");
+        let mut blame = |index: usize, text: &str| {
+            if let Some(outcome) = outcomes.get_mut(index) {
+                outcome.wrong.push(format!("{promise}: {text}"));
+            }
+        };
+        blame(move_of(broken).unwrap_or(reached - 1).min(reached - 1), broken);
+    }
+    if report["passed"] != true && outcomes.iter().all(|outcome| outcome.wrong.is_empty()) {
+        let unexpected: Vec<_> =
+            list(&report["unexpected"]).iter().filter_map(Value::as_str).map(str::to_owned).collect();
+        let error = report["error"].as_str().map(str::to_owned);
+        if let Some(last) = outcomes.last_mut() {
+            last.wrong = error.into_iter().chain(unexpected).collect();
+        }
+    }
+    Ok(outcomes)
+}
+
+/// `move 3: …` is the third, index 2.
+fn move_of(evidence: &str) -> Option<usize> {
+    let number: usize = evidence.strip_prefix("move ")?.split(':').next()?.parse().ok()?;
+    number.checked_sub(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn options(step: Option<&str>, kind: Option<&str>) -> Options {
+        Options { step: step.map(str::to_owned), kind: kind.map(str::to_owned), list: false, skip: 0, chunk: 24 }
+    }
+
+    #[test]
+    fn the_scenario_of_all_is_one_that_the_lab_reads() {
+        let all = cases(&options(None, None));
+        assert!(all.len() >= 160, "{}", all.len());
+        let read = lab::scenario::Scenario::parse(Path::new("faults.toml"), &scenario(&all)).expect("a good scenario");
+        assert_eq!(read.steps.len(), BEFORE + all.len());
+        let text = scenario(&all);
+        for want in [
+            "[\"destination.before.restore=fail\", \"source.after.roll-back=crash\"]",
+            "[\"destination.before.send-refuse=cut\"], unfit = true",
+            "[\"destination.before.restore=fail\"]",
+            "[\"source.before.journal-go=crash\"]",
+        ] {
+            assert!(text.contains(want), "{want}");
+        }
+    }
+
+    #[test]
+    fn the_sample_is_made_of_points_that_there_are() {
+        let file = build::root().expect("the root").join("scenarios/migrate-faults.toml");
+        let text = fs::read_to_string(&file).expect("the sample");
+        let sample = lab::scenario::Scenario::parse(&file, &text).expect("a good scenario");
+        let mut seen = 0;
+        for step in &sample.steps {
+            if let lab::scenario::Step::Fault(step) = step.get_ref() {
+                for fault in step.faults.get_ref() {
+                    fault.parse::<Plant>().expect("a point of the handshake");
+                    seen += 1;
+                }
+            }
+        }
+        assert!(seen >= 4, "{seen}");
+    }
+
+    #[test]
+    fn points_are_chosen() {
+        let crash = cases(&options(Some("journal-go"), Some("crash")));
+        let names: Vec<String> = crash.iter().map(|c| c.plant.to_string()).collect();
+        assert_eq!(names, ["source.before.journal-go=crash", "source.after.journal-go=crash"]);
+        assert!(cases(&options(Some("nothing"), None)).is_empty());
+    }
+
+    #[test]
+    fn what_was_wrong_is_put_down_to_its_fault() {
+        let chunk = cases(&options(Some("journal-go"), None));
+        let step = |error: Option<&str>| json!({"error": error});
+        let mut report = json!({
+            "passed": false, "error": "step 5 failed", "unexpected": [],
+            "steps": [step(None), step(None), step(None), step(None), step(Some("two copies"))],
+            "guests": [{"verdict": [
+                {"promise": "T8", "outcome": "fail", "evidence": ["move 1: record 3 is lost"]},
+                {"promise": "S1", "outcome": "fail", "evidence": ["heard again"]},
+                {"promise": "T1", "outcome": "pass", "evidence": ["move 1: same"]},
+            ]}],
+        });
+        let found = outcomes(&report, &chunk).expect("outcomes");
+        assert_eq!(found.len(), 2);
+        assert_eq!(found[0].wrong, ["T8: move 1: record 3 is lost"]);
+        assert_eq!(found[1].wrong, ["two copies", "S1: heard again"]);
+        // A run that failed for a reason that is in no step still fails.
+        report["guests"] = json!([]);
+        report["steps"][4]["error"] = Value::Null;
+        let found = outcomes(&report, &chunk).expect("outcomes");
+        assert_eq!(found[1].wrong, ["step 5 failed"]);
+        report["steps"] = json!([step(None)]);
+        assert!(outcomes(&report, &chunk).is_err());
+    }
+}
