@@ -1,6 +1,6 @@
 //! `cargo xtask test`: everything that must hold, one check after another, each timed.
 
-use crate::{build, extension};
+use crate::{build, extension, fuzz};
 use anyhow::{Context, Result, bail};
 use lab::cache::Cache;
 use std::process::Command;
@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 /// cargo-deny is built from source into the cache, once for each version.
 const DENY: &str = "0.20.2";
 
-/// One thing to check. The checks of the lab need most of the time and are left out by `--quick`.
+/// How long each fuzz target is run; two run at once.
+const FUZZ_SECONDS: u32 = 60;
+
+/// One thing to check. The checks of the lab need most of the time and are left out by `--quick`, as is fuzzing.
 struct Check {
     name: String,
     lab: bool,
@@ -99,6 +102,7 @@ fn checks(extent: Extent) -> Result<Vec<Check>> {
         check("hypervisor extension: built and sound", || extension::build(true).map(drop)),
         check("scenario files are well formed", || lab(&["list"])),
         lab_check("dependencies: licences, bans, sources (cargo-deny)", deny),
+        lab_check("fuzz targets, a minute each", || fuzz::run(&fuzz::Options::all(FUZZ_SECONDS))),
         lab_check("the lab itself", || {
             build::everything()?;
             cargo(&["test", "--package", "lab", "--test", "lab", "--", "--ignored", "--test-threads=1"])

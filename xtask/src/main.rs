@@ -4,6 +4,7 @@ mod build;
 mod checks;
 mod extension;
 mod faults;
+mod fuzz;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
@@ -47,7 +48,7 @@ enum Task {
     Demo,
     /// Every check that a change must pass.
     Test {
-        /// Leave out what needs the lab.
+        /// Leave out what needs the lab, and fuzzing.
         #[arg(long)]
         quick: bool,
         /// Run every scenario, not only those that each change must pass.
@@ -66,6 +67,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Run fuzz targets, two at once; an input that makes one crash is kept.
+    Fuzz(fuzz::Options),
     /// Build, then run `ferry-lab` with the given arguments.
     #[command(disable_help_flag = true)]
     Lab {
@@ -93,6 +96,7 @@ fn main() -> ExitCode {
         }
         Task::Faults(options) => faults::run(&options),
         Task::Bench { what, arguments } => bench(&what, &arguments),
+        Task::Fuzz(options) => fuzz::run(&options).map(|()| ExitCode::SUCCESS),
         Task::Lab { arguments } => lab(&arguments),
     };
     result.unwrap_or_else(|error| {
