@@ -161,6 +161,14 @@ pub fn clocksource_is_tsc() -> bool {
     unsafe { load::<u64>(&raw const PLT_SRC, t::PLT_READ_COUNTER) == t::READ_TSC_POISON as u64 }
 }
 
+/// Whether HVM guests run by AMD's SVM (`hvm_funcs.name`; the other is "VMX").
+pub fn is_svm() -> bool {
+    unsafe {
+        let name: *const u8 = load(&raw const HVM_FUNCS, t::HF_NAME);
+        !name.is_null() && load::<[u8; 4]>(name, 0) == *b"SVM\0"
+    }
+}
+
 pub fn tsc_scaling_supported() -> bool {
     unsafe { load::<u8>(&raw const HVM_FUNCS, t::HF_TSC_SCALING_BITS) != 0 }
 }
@@ -252,7 +260,7 @@ impl Drop for SpinIrq {
     }
 }
 
-/// A held `domain_lock()`: what keeps `domain_kill()` out, since that runs with it held.
+/// A held `domain_lock()`.
 pub struct DomainLock(*mut u8);
 
 impl DomainLock {
