@@ -104,7 +104,7 @@ fn checks(extent: Extent) -> Result<Vec<Check>> {
     let wanted = |name: &String| extent == Extent::All || SCENARIOS.contains(&name.as_str());
     for scenario in scenarios()?.into_iter().filter(wanted) {
         checks.push(lab_check(format!("scenario {scenario}"), move || {
-            lab(&["run", &scenario, "--wait", "600", "--time-limit", "900"])
+            lab(&["run", &scenario, "--wait", "600", "--time-limit", "1500"])
         }));
     }
     Ok(checks)
