@@ -87,12 +87,10 @@ pub fn set(d: Domain, new: i64) {
         }
     } else {
         slot.offset.store(new, Ordering::Relaxed);
-        if !owned {
-            // A slot of a former domain of this domid counts as ours from here on: it is freed with its owner otherwise.
-            if slot.owner.load(Ordering::Acquire).is_null() {
-                DOMAINS.fetch_add(1, Ordering::SeqCst);
-            }
-            slot.owner.store(d.0, Ordering::Release);
+        // A slot of a former domain of this domid counts as ours from here on. That domain may be freed at this very moment, so taking the
+        // slot and seeing whose it was is one step, as it is in `release`.
+        if !owned && slot.owner.swap(d.0, Ordering::SeqCst).is_null() {
+            DOMAINS.fetch_add(1, Ordering::SeqCst);
         }
     }
     let shift = old.wrapping_sub(new);

@@ -281,7 +281,10 @@ fn set_fifo_control(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusa
         for id in 0..d.max_vcpus() {
             let Some(each) = d.vcpu(id) else { continue };
             if each.fifo().is_null() {
-                let fifo = xen::allocate(t::FV_SIZE).map_err(|errno| refuse(errno, Fault::FIFO_CONTROL))?;
+                let fifo = xen::allocate(t::FV_SIZE).map_err(|errno| {
+                    forget_fifo(d);
+                    refuse(errno, Fault::FIFO_CONTROL)
+                })?;
                 for queue in 0..abi::FIFO_QUEUES {
                     let at = t::FV_QUEUE + queue * t::FQ_SIZE;
                     unsafe {
@@ -289,14 +292,18 @@ fn set_fifo_control(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusa
                         xen::spin_lock_init(fifo.add(at + t::FQ_LOCK));
                     }
                 }
-                // Freed with the domain, also when a later step fails: no port operation looks at it before the switch below.
+                // No port operation looks at it before the switch below.
                 each.set(t::V_FIFO, fifo);
             }
         }
-        let array = xen::allocate(t::FD_SIZE).map_err(|errno| refuse(errno, Fault::FIFO_CONTROL))?;
+        let array = xen::allocate(t::FD_SIZE).map_err(|errno| {
+            forget_fifo(d);
+            refuse(errno, Fault::FIFO_CONTROL)
+        })?;
         let mapped = unsafe { xen::map_control_block(v.0, wanted.fifo_control_gfn, wanted.fifo_control_offset) };
         if mapped != 0 {
             unsafe { xen::xfree(array) };
+            forget_fifo(d);
             return Err(refuse(i64::from(mapped), Fault::FIFO_CONTROL));
         }
         d.set(t::D_FIFO, array);
@@ -314,6 +321,18 @@ fn set_fifo_control(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusa
     match unsafe { xen::map_control_block(v.0, wanted.fifo_control_gfn, wanted.fifo_control_offset) } {
         0 => Ok(()),
         errno => Err(refuse(i64::from(errno), Fault::FIFO_CONTROL)),
+    }
+}
+
+/// Takes back the vCPUs' FIFO state of a domain that was not switched to FIFO in the end; none of it has a control block. Left there, it
+/// would be lost when the guest itself set up FIFO event channels later.
+fn forget_fifo(d: Domain) {
+    for id in 0..d.max_vcpus() {
+        if let Some(v) = d.vcpu(id) {
+            let fifo = v.fifo();
+            v.set(t::V_FIFO, core::ptr::null_mut::<u8>());
+            unsafe { xen::xfree(fifo) };
+        }
     }
 }
 

@@ -286,7 +286,7 @@ impl Drop for SpinIrq {
     }
 }
 
-/// A held `domain_lock()`: what keeps `domain_kill()` out, since that runs with it held.
+/// A held `domain_lock()`.
 pub struct DomainLock(*mut u8);
 
 impl DomainLock {

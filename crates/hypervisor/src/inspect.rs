@@ -174,6 +174,10 @@ fn held_part(hv: &dyn Hypervisor, info: &DomainInfo, extension: bool) -> Result<
     let mut timed = |name: &str, start: Instant| {
         parts_us.insert(name.to_owned(), micros(start));
     };
+    // Before the context, whose CR2 is right only after it (docs/extension-abi.md).
+    let start = Instant::now();
+    let gt = if extension { Some(hv.gt_state(dom)?) } else { None };
+    timed("gt", start);
     let start = Instant::now();
     let context = hv.hvm_context(dom)?;
     timed("hvm_context", start);
@@ -202,9 +206,6 @@ fn held_part(hv: &dyn Hypervisor, info: &DomainInfo, extension: bool) -> Result<
         None => None,
     };
     timed("shared_info", start);
-    let start = Instant::now();
-    let gt = if extension { Some(hv.gt_state(dom)?) } else { None };
-    timed("gt", start);
     Ok(Held {
         context,
         ports,

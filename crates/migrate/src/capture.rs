@@ -79,6 +79,7 @@ pub fn grants(hv: &dyn Hypervisor, dom: DomId) -> Result<Grants> {
 /// The TSC runs on while a guest is paused, and Xen saves it as it is at the save. It is taken back to the pause here, from a point that
 /// the extension has read together with the guest's time, so that all clocks of the state are of one moment.
 pub fn state(hv: &dyn Hypervisor, dom: DomId, system_time: i64, paused_at: u64) -> Result<GuestState> {
+    // Before the HVM context, whose CR2 is right only after it (docs/extension-abi.md).
     let gt = hv.gt_state(dom).doing("read event channels, vCPU areas and clocks")?;
     let mut params = Vec::new();
     for param in PARAMS.iter().filter(|p| p.role != ParamRole::DeviceModel) {

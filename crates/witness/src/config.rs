@@ -238,6 +238,8 @@ settings! {
     events: u32 = 1, |v| number(v, 0, 1000);
     /// Period of looking at identity, ports, grant table, interrupts, links and devices, ms; 0 for only in snapshots.
     look_ms: u32 = 3000, |v| number(v, 0, 3_600_000);
+    /// Further event channels that are opened at the start and wait for domain 0; each third is closed again, so that there are holes.
+    ports: u32 = 0, |v| number(v, 0, 100_000);
     /// Threads that hold patterns in registers.
     regs: u32 = 1, |v| number(v, 0, 64);
     /// How long they spin with them at a time, µs.

@@ -59,7 +59,8 @@ pub mod op {
     pub const INFO: u32 = 0;
     /// Fills a [`super::DomainState`].
     pub const GET_DOMAIN: u32 = 1;
-    /// Fills a [`super::VcpuState`] for [`super::Request::index`].
+    /// Fills a [`super::VcpuState`] for [`super::Request::index`]. Of a domain that its controller paused, it also brings the CR2 that a
+    /// following `XEN_DOMCTL_gethvmcontext` reads up to date, which Xen 4.17 does not do on AMD.
     pub const GET_VCPU: u32 = 2;
     /// Fills up to [`super::Request::count`] entries of [`super::PortState`], from port [`super::Request::index`] on. Ports that are
     /// free are left out. [`super::Request::next`] is the port to go on from, 0 when there are no more.

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use toml::Spanned;
 
-use super::{Scenario, Step};
+use super::{Inspect, Scenario, Step, Wait};
 
 pub(super) struct Misfit {
     pub span: Range<usize>,
@@ -112,10 +112,10 @@ fn check_steps(scenario: &Scenario, hosts: &Names<'_>, guests: &Names<'_>) -> Ch
                 guests.has("guest", &s.guest)?;
                 hosts.has("on", &s.on)?;
             }
-            Step::Wait(s) => {
-                guests.has("guest", &s.guest)?;
-                if scenario.guest(s.guest.get_ref()).is_some_and(|g| !g.witness) {
-                    return misfit(&s.guest, "guest: it has no witness, so no report ever comes".to_owned());
+            Step::Wait(Wait { guest, .. }) | Step::Inspect(Inspect { guest, .. }) => {
+                guests.has("guest", guest)?;
+                if scenario.guest(guest.get_ref()).is_some_and(|g| !g.witness) {
+                    return misfit(guest, "guest: it has no witness, so no report ever comes".to_owned());
                 }
             }
             Step::Sleep(_) | Step::ExpectVerdict(_) => {}

@@ -270,6 +270,8 @@ pub enum Step {
     Put(Put),
     /// Copy a file out of a dom0 into the run's folder.
     Get(Get),
+    /// Hold what `ferry inspect` tells of a guest against its witness and stock tools.
+    Inspect(Inspect),
     /// Compare the verdict so far.
     ExpectVerdict(BTreeMap<Promise, Expected>),
 }
@@ -280,6 +282,9 @@ pub enum Step {
 pub struct Create {
     pub guest: Spanned<String>,
     pub on: Spanned<String>,
+    /// It does not run yet; an `exec` step unpauses it.
+    #[serde(default)]
+    pub paused: bool,
     #[serde(default = "defaults::limit")]
     pub limit: Span,
 }
@@ -509,6 +514,16 @@ pub struct Get {
     pub to: String,
 }
 
+/// `ferry inspect`, compared.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Inspect {
+    pub guest: Spanned<String>,
+    /// The guest may be held for less than this.
+    #[serde(default = "defaults::pause_limit")]
+    pub pause_limit: Span,
+}
+
 /// What must hold after the steps.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -578,6 +593,9 @@ mod defaults {
     }
     pub fn limit() -> Span {
         Span(Duration::from_secs(90))
+    }
+    pub fn pause_limit() -> Span {
+        Span(Duration::from_millis(50))
     }
     pub fn migrate_limit() -> Span {
         Span(Duration::from_secs(180))
@@ -697,6 +715,7 @@ impl Step {
             Step::KillHost(_) => "kill-host",
             Step::Put(_) => "put",
             Step::Get(_) => "get",
+            Step::Inspect(_) => "inspect",
             Step::ExpectVerdict(_) => "expect-verdict",
         }
     }
