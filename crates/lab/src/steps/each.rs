@@ -240,20 +240,20 @@ impl Executor<'_> {
         let guest = step.guest.get_ref();
         let host = self.host_of(guest)?;
         let word = shell_word(guest);
-        let ask = |what: &str, script: &str| -> Result<String> {
+        let ask = |me: &Self, what: &str, script: &str| -> Result<String> {
             let ran = host.shell(script, SHORT)?;
-            self.must(&ran, what, host.name(), Some(guest))?;
+            me.must(&ran, what, host.name(), Some(guest))?;
             Ok(ran.stdout)
         };
         for last in [false, false, true] {
             let before = self.snapshot(guest)?.body;
-            let text = ask("ferry inspect", &format!("ferry inspect {word} --json"))?;
+            let text = ask(self, "ferry inspect", &format!("ferry inspect {word} --json"))?;
             let state: GuestState = serde_json::from_str(&text).context("read what `ferry inspect --json` wrote")?;
-            let lsevtchn = ask("lsevtchn", &format!("/usr/lib/xen-*/bin/lsevtchn {}", state.domain.domid))?;
+            let lsevtchn = ask(self, "lsevtchn", &format!("/usr/lib/xen-*/bin/lsevtchn {}", state.domain.domid))?;
             // Before the key, whose output may push the vectors out of Xen's log, and after it.
-            let mut dmesg = ask("xl dmesg", "xl dmesg")?;
-            dmesg.push_str(&ask("xl debug-keys e", "xl debug-keys e && xl dmesg")?);
-            let console = ask("read the console", &format!("cat /var/log/xen/console/guest-{guest}.log"))?;
+            let mut dmesg = ask(self, "xl dmesg", "xl dmesg")?;
+            dmesg.push_str(&ask(self, "xl debug-keys e", "xl debug-keys e && xl dmesg")?);
+            let console = ask(self, "read the console", &format!("cat /var/log/xen/console/guest-{guest}.log"))?;
             let after = self.snapshot(guest)?.body;
             let others =
                 Witnesses { before: &before, after: &after, console: &console, lsevtchn: &lsevtchn, dmesg: &dmesg };
