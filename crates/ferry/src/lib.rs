@@ -11,5 +11,7 @@ pub mod daemon;
 pub mod domain;
 pub mod exit;
 pub mod host_check;
+pub mod keeper;
 pub mod learned;
 pub mod toolstack;
+pub mod xl_config;

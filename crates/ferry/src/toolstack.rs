@@ -1,5 +1,6 @@
 //! The real service domain, put together from pv-backend and xenstore-client for the engine.
 
+use crate::keeper::Book;
 use hypervisor::{DomId, GtPortKind, Hypervisor};
 use migrate::guest::{Device, GuestKind, Identity, Offer};
 use migrate::toolstack::{Description, Luggage, Toolstack};
@@ -33,6 +34,8 @@ pub struct ServiceDomain {
     /// What a roll-back needs, one file for each guest that is frozen.
     undo: PathBuf,
     holds: Mutex<BTreeMap<u16, Hold>>,
+    /// Guests that came in and have no process of `xl`.
+    book: Book,
 }
 
 impl std::fmt::Debug for ServiceDomain {
@@ -61,7 +64,14 @@ impl ServiceDomain {
     pub fn new(hypervisor: Arc<dyn Hypervisor>, state: &Path) -> Result<ServiceDomain> {
         let undo = state.join("undo");
         std::fs::create_dir_all(&undo)?;
-        Ok(ServiceDomain { hypervisor, machine: Dom0, limits: Limits::default(), undo, holds: Mutex::default() })
+        Ok(ServiceDomain {
+            hypervisor,
+            machine: Dom0,
+            limits: Limits::default(),
+            undo,
+            holds: Mutex::default(),
+            book: Book::open(state)?,
+        })
     }
 
     /// The domain that an operator means by a name or a number.
@@ -235,6 +245,7 @@ impl Toolstack for ServiceDomain {
         let uuid = guest.identity.uuid.to_string();
         records::remove(&mut store, domid, &uuid, Path::new(records::USERDATA)).doing("remove its records")?;
         records::quarantine(domid, Path::new(records::RUN)).doing("")?;
+        self.book.remove(guest.identity.uuid)?;
         match std::fs::remove_file(self.undo_file(guest)) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
             _ => Ok(()),
@@ -318,6 +329,10 @@ impl Toolstack for ServiceDomain {
     }
 
     fn announce(&self, offer: &Offer) -> Result<()> {
+        let identity = &offer.identity;
+        self.book
+            .add(identity.domid.0, identity.uuid, &identity.name)
+            .doing("note that its shutting down is to be watched for")?;
         let inventory = inventory(&offer.toolstack)?;
         announce::announce(&self.machine, &inventory.devices).doing("")?;
         let (machine, devices) = (self.machine, inventory.devices);
