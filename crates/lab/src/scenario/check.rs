@@ -89,6 +89,12 @@ fn check_guests(scenario: &Scenario, disks: &Names<'_>) -> Checked {
             let message = "vif: a witness reports over the network and needs a [[guest.vif]]".to_owned();
             return misfit(&guest.name, message);
         }
+        if let Some(init) = &guest.init
+            && (guest.witness || guest.ramdisk.is_some())
+        {
+            let message = "init: it takes the witness's place and is in a ramdisk of the lab's: set witness = false, and no ramdisk";
+            return misfit(init, message.to_owned());
+        }
         if let Err((span, message)) = guest.workload.settings() {
             return Err(Misfit { span, message });
         }
