@@ -87,7 +87,7 @@ pub struct SharedInfoReport {
 /// How long looking took, microseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timing {
-    /// From before the pause to after the unpause; 0 if the guest was not paused.
+    /// From before the pause to the call that ends it; 0 if the guest was not paused.
     pub paused_us: u64,
     /// What the pause was spent on.
     pub parts_us: BTreeMap<String, u64>,
