@@ -83,6 +83,7 @@ pub const FQ_SIZE: usize = 24;
 pub const FQ_TAIL: usize = 8;
 pub const FV_QUEUE: usize = 8;
 pub const FV_SIZE: usize = 392;
+pub const HF_NAME: usize = 0;
 pub const HF_TSC_SCALING_BITS: usize = 576;
 pub const LP_FUNC_EXPECT: usize = 72;
 pub const LP_FUNC_SIZE: usize = 104;
@@ -136,8 +137,10 @@ pub const VIRQ_ARCH_FIRST: usize = 16;
 pub const VI_ALIGN: usize = 8;
 pub const VI_SIZE: usize = 64;
 pub const VI_TIME: usize = 32;
+pub const VMCB_CR2: usize = 1600;
 pub const VPF_BLOCKED_BIT: usize = 0;
 pub const VPF_DOWN_BIT: usize = 1;
+pub const V_CR2: usize = 1040;
 pub const V_DOMAIN: usize = 16;
 pub const V_FIFO: usize = 568;
 pub const V_HVM_STIME_OFFSET: usize = 2424;
@@ -161,6 +164,7 @@ pub const V_TIME_AREA: usize = 3400;
 pub const V_TSC_OFFSET: usize = 1360;
 pub const V_UPCALL: usize = 2432;
 pub const V_VIRQ: usize = 332;
+pub const V_VMCB: usize = 1472;
 
 pub const ARCH_DO_DOMCTL: crate::patch::Original =
     crate::patch::Original { name: "arch_do_domctl\0", size: 9039, head: &[0x41, 0x57, 0x41, 0x56, 0x49, 0x89, 0xf6] };

@@ -8,6 +8,7 @@
 #include <xen/livepatch.h>
 #include <xen/pdx.h>
 #include <xen/timer.h>
+#include <asm/hvm/svm/vmcb.h>
 #include <asm/hvm/vpt.h>
 #include <public/event_channel.h>
 #include <public/vcpu.h>
@@ -101,6 +102,9 @@ void __ferry__(void)
     FERRY_OFF(V_UPCALL, struct vcpu, arch.hvm.evtchn_upcall_vector);
     FERRY_OFF(V_HVM_STIME_OFFSET, struct vcpu, arch.hvm.stime_offset);
     FERRY_OFF(V_TSC_OFFSET, struct vcpu, arch.hvm.cache_tsc_offset);
+    FERRY_OFF(V_CR2, struct vcpu, arch.hvm.guest_cr[2]);
+    FERRY_OFF(V_VMCB, struct vcpu, arch.hvm.svm.vmcb);
+    FERRY_OFF(VMCB_CR2, struct vmcb_struct, _cr2);
     FERRY_OFF(RS_STATE, struct vcpu_runstate_info, state);
     FERRY_OFF(RS_ENTRY, struct vcpu_runstate_info, state_entry_time);
     FERRY_OFF(RS_TIME, struct vcpu_runstate_info, time);
@@ -182,6 +186,7 @@ void __ferry__(void)
     FERRY_OFF(TS_MUL, struct time_scale, mul_frac);
     FERRY_OFF(PLT_READ_COUNTER, struct ferry_timesource, read_counter);
     FERRY(READ_TSC_POISON, FERRY_READ_TSC_POISON);
+    FERRY_OFF(HF_NAME, struct hvm_function_table, name);
     FERRY_OFF(HF_TSC_SCALING_BITS, struct hvm_function_table, tsc_scaling.ratio_frac_bits);
 
     FERRY(RW_WRITE_LOCKED, _QW_LOCKED);

@@ -36,6 +36,24 @@ const SLOTS: usize = 0x8000;
 static TABLE: [Slot; SLOTS] =
     [const { Slot { owner: AtomicPtr::new(core::ptr::null_mut()), offset: AtomicI64::new(0) } }; SLOTS];
 
+/// Guest's TSC on that vCPU, and guest's system time, of one moment.
+pub fn guest_tsc(d: Domain, v: Vcpu) -> (u64, i64) {
+    let at = xen::rdtsc();
+    unsafe { (xen::hvm_get_guest_tsc_fixed(v.0, at), xen::get_s_time_fixed(at).wrapping_add(offset(d))) }
+}
+
+/// Lets the TSC of a paused guest's vCPU run through `tsc` at `when` of the guest's system time, at the rate that the domain has.
+pub fn set_guest_tsc(d: Domain, v: Vcpu, tsc: u64, when: i64) {
+    let (reads, now) = guest_tsc(d, v);
+    let since = now.wrapping_sub(when);
+    // For an HVM guest this only scales.
+    let ticks = unsafe { xen::gtime_to_gtsc(d.0, since.unsigned_abs()) };
+    let wanted = if since < 0 { tsc.wrapping_sub(ticks) } else { tsc.wrapping_add(ticks) };
+    let to_guest = v.get::<u64>(t::V_TSC_OFFSET).wrapping_add(wanted.wrapping_sub(reads));
+    v.set(t::V_TSC_OFFSET, to_guest);
+    xen::set_tsc_offset(v, to_guest);
+}
+
 /// Domains that own a slot.
 static DOMAINS: AtomicU32 = AtomicU32::new(0);
 
@@ -69,12 +87,10 @@ pub fn set(d: Domain, new: i64) {
         }
     } else {
         slot.offset.store(new, Ordering::Relaxed);
-        if !owned {
-            // A slot of a former domain of this domid counts as ours from here on: it is freed with its owner otherwise.
-            if slot.owner.load(Ordering::Acquire).is_null() {
-                DOMAINS.fetch_add(1, Ordering::SeqCst);
-            }
-            slot.owner.store(d.0, Ordering::Release);
+        // A slot of a former domain of this domid counts as ours from here on. That domain may be freed at this very moment, so taking the
+        // slot and seeing whose it was is one step, as it is in `release`.
+        if !owned && slot.owner.swap(d.0, Ordering::SeqCst).is_null() {
+            DOMAINS.fetch_add(1, Ordering::SeqCst);
         }
     }
     let shift = old.wrapping_sub(new);

@@ -90,8 +90,27 @@ pub fn vcpu(d: Domain, request: &Request, progress: &mut Progress) -> Result<(),
         return Err(refuse(EOPNOTSUPP, Fault::NOT_HVM));
     }
     let v = d.vcpu(request.index).ok_or(refuse(ENOENT, Fault::VCPU))?;
+    if d.is_paused() && d != xen::current().domain() {
+        bring_cr2_up_to_date(v);
+    }
     let s = vcpu_state(d, v);
     give(request, &s, progress)
+}
+
+/// Copies a paused guest's CR2 to where Xen's HVM context takes it from.
+///
+/// An AMD CPU keeps it in the VMCB, and Xen 4.17 never copies it out of there (mended upstream in 2026: "x86/svm: Always sync guest CR2
+/// on VMExit"), so that a save has an old value, mostly 0. A guest that takes part in its save is never inside its page-fault handler then;
+/// one that is just held may have taken the fault and not read CR2 yet.
+fn bring_cr2_up_to_date(v: Vcpu) {
+    if !xen::is_svm() {
+        return;
+    }
+    let vmcb: *const u8 = v.get(t::V_VMCB);
+    if !vmcb.is_null() {
+        let cr2: u64 = unsafe { load(vmcb, t::VMCB_CR2) };
+        v.set(t::V_CR2, cr2);
+    }
 }
 
 fn vcpu_state(d: Domain, v: Vcpu) -> VcpuState {
@@ -150,6 +169,7 @@ fn vcpu_state(d: Domain, v: Vcpu) -> VcpuState {
     }
     s.hvm_stime_offset = v.get(t::V_HVM_STIME_OFFSET);
     s.tsc_offset = v.get(t::V_TSC_OFFSET);
+    (s.tsc, s.tsc_at) = clock::guest_tsc(d, v);
     s
 }
 

@@ -100,8 +100,8 @@ fn carry_out_set(d: Domain, request: &Request, progress: &mut Progress) -> Resul
     if !d.is_hvm() {
         return Err(refuse(EOPNOTSUPP, Fault::NOT_HVM));
     }
-    // domain_kill() runs with this lock held, so what is checked now holds until it is released. The pause count changes only under the
-    // domctl lock, which is held all along.
+    // The domctl lock is held all along, and only under it a domain is killed or reset and the controller's pause count changed: what is
+    // checked now holds. The domain lock is what Xen takes to place a vcpu_info and to give vCPUs a context.
     let _held = unsafe { DomainLock::lock(d) };
     if d.is_dying() {
         return Err(refuse(EINVAL, Fault::DYING));

@@ -184,6 +184,9 @@ pub fn vcpu(d: Domain, request: &Request, progress: &mut Progress) -> Result<(),
     if fields & vcpu_fields::PERIODIC != 0 {
         set_periodic(d, v, &wanted);
     }
+    if fields & vcpu_fields::TSC != 0 {
+        clock::set_guest_tsc(d, v, wanted.tsc, wanted.tsc_at);
+    }
     progress.done = 1;
     Ok(())
 }
@@ -245,6 +248,9 @@ fn check_vcpu(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusal> {
     {
         return Err(refuse(EINVAL, Fault::SINGLESHOT));
     }
+    if fields & vcpu_fields::TSC != 0 && !near(wanted.tsc_at) {
+        return Err(refuse(EINVAL, Fault::TSC));
+    }
     if fields & vcpu_fields::PERIODIC != 0 {
         // Xen's own limits for VCPUOP_set_periodic_timer.
         let off = wanted.periodic_period == 0;
@@ -275,7 +281,10 @@ fn set_fifo_control(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusa
         for id in 0..d.max_vcpus() {
             let Some(each) = d.vcpu(id) else { continue };
             if each.fifo().is_null() {
-                let fifo = xen::allocate(t::FV_SIZE).map_err(|errno| refuse(errno, Fault::FIFO_CONTROL))?;
+                let fifo = xen::allocate(t::FV_SIZE).map_err(|errno| {
+                    forget_fifo(d);
+                    refuse(errno, Fault::FIFO_CONTROL)
+                })?;
                 for queue in 0..abi::FIFO_QUEUES {
                     let at = t::FV_QUEUE + queue * t::FQ_SIZE;
                     unsafe {
@@ -283,14 +292,18 @@ fn set_fifo_control(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusa
                         xen::spin_lock_init(fifo.add(at + t::FQ_LOCK));
                     }
                 }
-                // Freed with the domain, also when a later step fails: no port operation looks at it before the switch below.
+                // No port operation looks at it before the switch below.
                 each.set(t::V_FIFO, fifo);
             }
         }
-        let array = xen::allocate(t::FD_SIZE).map_err(|errno| refuse(errno, Fault::FIFO_CONTROL))?;
+        let array = xen::allocate(t::FD_SIZE).map_err(|errno| {
+            forget_fifo(d);
+            refuse(errno, Fault::FIFO_CONTROL)
+        })?;
         let mapped = unsafe { xen::map_control_block(v.0, wanted.fifo_control_gfn, wanted.fifo_control_offset) };
         if mapped != 0 {
             unsafe { xen::xfree(array) };
+            forget_fifo(d);
             return Err(refuse(i64::from(mapped), Fault::FIFO_CONTROL));
         }
         d.set(t::D_FIFO, array);
@@ -308,6 +321,18 @@ fn set_fifo_control(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusa
     match unsafe { xen::map_control_block(v.0, wanted.fifo_control_gfn, wanted.fifo_control_offset) } {
         0 => Ok(()),
         errno => Err(refuse(i64::from(errno), Fault::FIFO_CONTROL)),
+    }
+}
+
+/// Takes back the vCPUs' FIFO state of a domain that was not switched to FIFO in the end; none of it has a control block. Left there, it
+/// would be lost when the guest itself set up FIFO event channels later.
+fn forget_fifo(d: Domain) {
+    for id in 0..d.max_vcpus() {
+        if let Some(v) = d.vcpu(id) {
+            let fifo = v.fifo();
+            v.set(t::V_FIFO, core::ptr::null_mut::<u8>());
+            unsafe { xen::xfree(fifo) };
+        }
     }
 }
 
@@ -395,8 +420,14 @@ fn port(d: Domain, wanted: &PortState) -> Result<(), Refusal> {
     if wanted.state == port_state::FREE {
         return close(d, wanted.port);
     }
-    if !matches!(wanted.state, port_state::UNBOUND | port_state::VIRQ | port_state::IPI | port_state::PIRQ) {
+    if !matches!(
+        wanted.state,
+        port_state::UNBOUND | port_state::INTERDOMAIN | port_state::VIRQ | port_state::IPI | port_state::PIRQ
+    ) {
         return Err(refuse(EOPNOTSUPP, Fault::PORT_STATE));
+    }
+    if wanted.state == port_state::INTERDOMAIN {
+        check_pair(d, wanted)?;
     }
     if wanted.priority > 15 || wanted.last_priority > 15 {
         return Err(refuse(EINVAL, Fault::PORT_PRIORITY));
@@ -453,6 +484,10 @@ fn give_kind(d: Domain, v: Vcpu, wanted: &PortState) -> Result<(), Refusal> {
     };
     let _held = d.event_lock();
     let evtchn = d.evtchn(wanted.port).ok_or(refuse(ENOENT, Fault::PORT))?;
+    if wanted.state == port_state::INTERDOMAIN {
+        connect(d, evtchn, wanted)?;
+        return finish(d, evtchn, wanted);
+    }
     if evtchn.state() != port_state::UNBOUND {
         // A backend that was faster than its toolstack: it has bound the port, whose kind is then right already.
         return if wanted.state == port_state::UNBOUND {
@@ -477,6 +512,48 @@ fn give_kind(d: Domain, v: Vcpu, wanted: &PortState) -> Result<(), Refusal> {
         // Last: from here on Xen raises it.
         compiler_fence(Ordering::SeqCst);
         v.set::<u32>(t::V_VIRQ + wanted.irq as usize % t::NR_VIRQS_ * 4, wanted.port);
+    }
+    Ok(())
+}
+
+/// A port whose other end is in the same domain: the other end is not there yet, or waits for the domain itself.
+fn check_pair(d: Domain, wanted: &PortState) -> Result<(), Refusal> {
+    if wanted.remote_domid != d.id() {
+        return Err(refuse(EOPNOTSUPP, Fault::PORT_REMOTE));
+    }
+    if wanted.remote_port == 0 || wanted.remote_port == wanted.port || wanted.remote_port > i32::MAX as u32 {
+        return Err(refuse(EINVAL, Fault::PORT_REMOTE));
+    }
+    let _held = d.event_lock();
+    match d.evtchn(wanted.remote_port) {
+        None => Ok(()),
+        Some(other) if other.state() == port_state::FREE || waits_for_itself(d, other) => Ok(()),
+        Some(_) => Err(refuse(EBUSY, Fault::PORT_REMOTE)),
+    }
+}
+
+fn waits_for_itself(d: Domain, evtchn: Evtchn) -> bool {
+    evtchn.state() == port_state::UNBOUND && !evtchn.consumer_is_xen() && evtchn.get::<u16>(t::E_UNBOUND_DOMID) == d.id()
+}
+
+/// Connects the just made port, which waits for the domain itself, with its other end if that is there and waits too. Both ends change
+/// together, because Xen stops the host when it closes a port whose other end does not lead back. The event lock is held.
+fn connect(d: Domain, evtchn: Evtchn, wanted: &PortState) -> Result<(), Refusal> {
+    let Some(other) = d.evtchn(wanted.remote_port) else { return Ok(()) };
+    if other.state() == port_state::FREE {
+        return Ok(());
+    }
+    if !waits_for_itself(d, evtchn) || !waits_for_itself(d, other) {
+        return Err(refuse(EBUSY, Fault::PORT_REMOTE));
+    }
+    // In the order of their addresses, as `double_evtchn_lock()` does. They are two: `check_pair` refused a port that leads to itself.
+    let (first, second) = if (evtchn.0 as usize) < (other.0 as usize) { (evtchn, other) } else { (other, evtchn) };
+    let _first = first.lock();
+    let _second = second.lock();
+    for (end, port) in [(evtchn, wanted.remote_port), (other, wanted.port)] {
+        end.set::<*mut u8>(t::E_REMOTE_DOM, d.0);
+        end.set::<u32>(t::E_REMOTE_PORT, port);
+        end.set::<u8>(t::E_STATE, port_state::INTERDOMAIN);
     }
     Ok(())
 }

@@ -52,6 +52,14 @@ unsafe extern "C" {
     pub fn update_secondary_system_time(v: *mut u8, time: *const u8) -> bool;
     pub fn gtime_to_gtsc(d: *mut u8, time: u64) -> u64;
     pub fn hvm_scale_tsc(d: *mut u8, tsc: u64) -> u64;
+    /// Host's system time at a TSC of this CPU.
+    pub fn get_s_time_fixed(at_tsc: u64) -> i64;
+    /// What the guest would have read at a TSC of this CPU; it knows whether the guest's TSC is emulated.
+    pub fn hvm_get_guest_tsc_fixed(v: *mut u8, at_tsc: u64) -> u64;
+    #[link_name = "arch/x86/hvm/svm/svm.c#svm_set_tsc_offset"]
+    fn svm_set_tsc_offset(v: *mut u8, offset: u64, at_tsc: u64);
+    #[link_name = "arch/x86/hvm/vmx/vmx.c#vmx_set_tsc_offset"]
+    fn vmx_set_tsc_offset(v: *mut u8, offset: u64, at_tsc: u64);
     pub fn vcpu_runstate_get(v: *mut u8, out: *mut u8);
     pub fn evtchn_alloc_unbound(alloc: *mut AllocUnbound, port: u32) -> i32;
     pub fn evtchn_close(d: *mut u8, port: i32, guest: bool) -> i32;
@@ -161,6 +169,32 @@ pub fn clocksource_is_tsc() -> bool {
     unsafe { load::<u64>(&raw const PLT_SRC, t::PLT_READ_COUNTER) == t::READ_TSC_POISON as u64 }
 }
 
+/// Whether HVM guests run by AMD's SVM (`hvm_funcs.name`; the other is "VMX").
+pub fn is_svm() -> bool {
+    unsafe {
+        let name: *const u8 = load(&raw const HVM_FUNCS, t::HF_NAME);
+        !name.is_null() && load::<[u8; 4]>(name, 0) == *b"SVM\0"
+    }
+}
+
+/// `hvm_funcs.set_tsc_offset`, without the call through a pointer.
+pub fn set_tsc_offset(v: Vcpu, offset: u64) {
+    unsafe {
+        if is_svm() {
+            svm_set_tsc_offset(v.0, offset, 0);
+        } else {
+            vmx_set_tsc_offset(v.0, offset, 0);
+        }
+    }
+}
+
+/// This CPU's TSC, read neither before nor after what stands around it.
+pub fn rdtsc() -> u64 {
+    let (low, high): (u32, u32);
+    unsafe { core::arch::asm!("lfence", "rdtsc", "lfence", out("eax") low, out("edx") high, options(nostack, preserves_flags)) };
+    u64::from(high) << 32 | u64::from(low)
+}
+
 pub fn tsc_scaling_supported() -> bool {
     unsafe { load::<u8>(&raw const HVM_FUNCS, t::HF_TSC_SCALING_BITS) != 0 }
 }
@@ -252,7 +286,7 @@ impl Drop for SpinIrq {
     }
 }
 
-/// A held `domain_lock()`: what keeps `domain_kill()` out, since that runs with it held.
+/// A held `domain_lock()`.
 pub struct DomainLock(*mut u8);
 
 impl DomainLock {

@@ -3,9 +3,12 @@
  * A 32-bit PVH guest for trying the extension: small enough to start in a moment, and it uses every place where Xen hands out or takes
  * time, in the 32-bit layouts. It prints through Xen's debug port (xl dmesg shows it) once for each round:
  *
- *   T32 now=<pvclock> hvm=<HVMOP_get_time> rs=<runstate entry> poll=<ns waited> single=<ns> op=<ns> wc=<sec>.<nsec> bad=<mask>
+ *   T32 now=<pvclock> hvm=<HVMOP_get_time> rs=<runstate entry> poll=<ns waited> single=<ns> op=<ns> four=<ns of four periods>
+ *       wc=<sec>.<nsec> bad=<mask>
  *
  * All numbers are hexadecimal nanoseconds of the guest's system time. `bad` has a bit for each time that makes no sense.
+ *
+ * `cargo xtask build` makes it:
  *
  * gcc -m32 -ffreestanding -fno-pic -no-pie -fno-stack-protector -mgeneral-regs-only -O2 -nostdlib -static -Wl,--build-id=none \
  *     -Wl,-m,elf_i386,-Ttext-segment=0x200000 -o guest32 guest32.c
@@ -156,8 +159,24 @@ void guest(void)
         u64 op = wait(now() + 5000 * MS);
         bad |= check(7, op, 190 * MS, 2000 * MS);
 
+        clear_pending();
+        u64 period = 50 * MS;
+        must("periodic timer", call5(24, 6, 0, (u32)&period, 0));
+        /* The first may be due at once. */
+        wait(now() + 5000 * MS);
+        u64 four = now();
+        for ( int i = 0; i < 4; i++ )
+        {
+            clear_pending();
+            wait(now() + 5000 * MS);
+        }
+        four = now() - four;
+        bad |= check(8, four, 120 * MS, 2000 * MS);
+        must("stop of the periodic timer", call5(24, 7, 0, 0, 0));
+        clear_pending();
+
         item("T32 now=", t); item(" hvm=", hvm); item(" rs=", rs.entry);
-        item(" poll=", polled); item(" single=", shot); item(" op=", op);
+        item(" poll=", polled); item(" single=", shot); item(" op=", op); item(" four=", four);
         item(" wc=", *(volatile u32 *)(shared + 2308)); item(".", *(volatile u32 *)(shared + 2312));
         item(" bad=", bad); out('\n');
         wait(now() + 500 * MS);

@@ -13,8 +13,26 @@ const STATIC: &[(&str, &str)] = &[
     ("lab-agent", "lab-agent"),
     ("lab-agent", "lab-remote"),
     ("witness", "witness"),
+    ("witness", "vandal"),
     ("ferry", "ferry"),
     ("xenstored", "xenstored"),
+    ("xen-host", "extension-trial"),
+];
+
+/// A 32-bit guest of our own for trying the extension: its source, and how it is linked.
+const GUEST32: &str = "hypervisor-ext/tests/guest32.c";
+const GUEST32_FLAGS: &[&str] = &[
+    "-m32",
+    "-ffreestanding",
+    "-fno-pic",
+    "-no-pie",
+    "-fno-stack-protector",
+    "-mgeneral-regs-only",
+    "-O2",
+    "-nostdlib",
+    "-static",
+    "-Wl,--build-id=none",
+    "-Wl,-m,elf_i386,-Ttext-segment=0x200000",
 ];
 
 /// The workspace's root.
@@ -48,9 +66,13 @@ pub fn everything() -> Result<PathBuf> {
     // Only for this target: build scripts and procedural macros can't be static.
     statics.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-C target-feature=+crt-static");
     run(&mut statics).context("build the static programs")?;
-    crate::extension::build(false).context("build the hypervisor extension")?;
-    run(cargo()?.args(["build", "--quiet", "--package", "lab", "--bin", "ferry-lab"])).context("build ferry-lab")?;
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| root().map(|root| root.join("target")), |path| Ok(path.into()))?;
+    // Beside the other programs for dom0, which hands it to `xl` as a kernel.
+    let guest32 = target.join(TARGET).join("lab/guest32");
+    run(Command::new("gcc").args(GUEST32_FLAGS).arg("-o").arg(&guest32).arg(root()?.join(GUEST32)))
+        .context("build the 32-bit guest")?;
+    crate::extension::build(false).context("build the hypervisor extension")?;
+    run(cargo()?.args(["build", "--quiet", "--package", "lab", "--bin", "ferry-lab"])).context("build ferry-lab")?;
     Ok(target.join("debug/ferry-lab"))
 }

@@ -4,14 +4,15 @@ mod build;
 mod checks;
 mod extension;
 mod faults;
+mod fuzz;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use std::ffi::OsString;
 use std::process::{Command, ExitCode};
 
-/// The scenario that `demo` runs.
-const DEMO: &str = "migrate-pvh";
+/// The scenario that `demo` runs: a move there and back beside a stock one.
+const DEMO: &str = "demo";
 
 /// The project's tasks.
 #[derive(Debug, Parser)]
@@ -43,11 +44,11 @@ enum Task {
         #[arg(long)]
         config: Option<std::path::PathBuf>,
     },
-    /// Show the main job on two real Xen hosts in the lab, with all of its own set-up.
+    /// Show the main job beside the stock one on two real Xen hosts in the lab, with all of its own set-up.
     Demo,
     /// Every check that a change must pass.
     Test {
-        /// Leave out what needs the lab.
+        /// Leave out what needs the lab, and fuzzing.
         #[arg(long)]
         quick: bool,
         /// Run every scenario, not only those that each change must pass.
@@ -66,6 +67,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Run fuzz targets, two at once; an input that makes one crash is kept.
+    Fuzz(fuzz::Options),
     /// Build, then run `ferry-lab` with the given arguments.
     #[command(disable_help_flag = true)]
     Lab {
@@ -93,6 +96,7 @@ fn main() -> ExitCode {
         }
         Task::Faults(options) => faults::run(&options),
         Task::Bench { what, arguments } => bench(&what, &arguments),
+        Task::Fuzz(options) => fuzz::run(&options).map(|()| ExitCode::SUCCESS),
         Task::Lab { arguments } => lab(&arguments),
     };
     result.unwrap_or_else(|error| {

@@ -64,7 +64,7 @@ pub enum GtPortKind {
     Unbound {
         remote: DomId,
     },
-    /// On a set the port becomes unbound for `remote`, whose backend binds it again.
+    /// On a set the port becomes unbound for `remote`, whose backend binds it again. A pair within the guest is connected again.
     Interdomain {
         remote: DomId,
         remote_port: Port,
@@ -131,6 +131,14 @@ pub struct FifoVcpu {
     pub tails: [Port; 16],
 }
 
+/// What a vCPU's TSC reads at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TscPoint {
+    pub ticks: u64,
+    /// Guest's system time.
+    pub at_ns: i64,
+}
+
 /// One vCPU's guest-transparent state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GtVcpu {
@@ -155,6 +163,8 @@ pub struct GtVcpu {
     pub periodic_period_ns: i64,
     /// Last tick of the periodic timer.
     pub periodic_last_ns: i64,
+    /// A point that its TSC runs through. The TSC of the HVM context is of a moment that nobody knows.
+    pub tsc: TscPoint,
 }
 
 /// A `SCHEDOP_watchdog` timer. It runs in host time, also while the domain is paused.
@@ -197,7 +207,7 @@ pub enum GtStep {
     /// `clock_offset_ns`, everywhere the guest can see the host's time. May be set again at the end, when the length of the
     /// blackout is known: running timers keep their expiry in the guest's time.
     ClockOffset,
-    /// Runstate counters, periodic and single-shot timers: points in the guest's time, so after its clock offset.
+    /// Runstate counters, periodic and single-shot timers, TSC: points in the guest's time, so after its clock offset.
     VcpuTimes,
     /// `watchdogs`: an empty list disarms all.
     Watchdogs,

@@ -87,7 +87,7 @@ pub struct SharedInfoReport {
 /// How long looking took, microseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timing {
-    /// From before the pause to after the unpause; 0 if the guest was not paused.
+    /// From before the pause to the call that ends it; 0 if the guest was not paused.
     pub paused_us: u64,
     /// What the pause was spent on.
     pub parts_us: BTreeMap<String, u64>,
@@ -117,13 +117,18 @@ pub fn inspect(hv: &dyn Hypervisor, dom: DomId, pause: bool) -> Result<GuestStat
     if pause {
         hv.pause(dom)?;
     }
+    let pausing_us = micros(start);
     let held = held_part(hv, &info, extension);
+    // What follows the call is the guest's time again: on a host with one processor it may run before this program does.
+    let paused_us = if pause { micros(start) } else { 0 };
     if pause {
         // Whatever went wrong while looking, the guest goes on first.
         hv.unpause(dom)?;
     }
-    let paused_us = if pause { micros(start) } else { 0 };
-    let held = held?;
+    let mut held = held?;
+    if pause {
+        held.parts_us.insert("pause".to_owned(), pausing_us);
+    }
 
     Ok(GuestState {
         xen: host.version.to_string(),
@@ -174,6 +179,10 @@ fn held_part(hv: &dyn Hypervisor, info: &DomainInfo, extension: bool) -> Result<
     let mut timed = |name: &str, start: Instant| {
         parts_us.insert(name.to_owned(), micros(start));
     };
+    // Before the context, whose CR2 is right only after it (docs/extension-abi.md).
+    let start = Instant::now();
+    let gt = if extension { Some(hv.gt_state(dom)?) } else { None };
+    timed("gt", start);
     let start = Instant::now();
     let context = hv.hvm_context(dom)?;
     timed("hvm_context", start);
@@ -202,9 +211,6 @@ fn held_part(hv: &dyn Hypervisor, info: &DomainInfo, extension: bool) -> Result<
         None => None,
     };
     timed("shared_info", start);
-    let start = Instant::now();
-    let gt = if extension { Some(hv.gt_state(dom)?) } else { None };
-    timed("gt", start);
     Ok(Held {
         context,
         ports,

@@ -54,18 +54,24 @@ impl Cache {
 
     /// Fails with a clear message if less than `bytes` are free.
     pub fn need_space(&self, bytes: u64) -> Result<()> {
-        let stat = rustix::fs::statvfs(&self.root).context("ask for the cache folder's free space")?;
-        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-        if free < bytes {
-            bail!(
-                "{} has {} MiB free and the lab needs {} MiB there: make room, or set FERRY_CACHE to a folder that has it",
-                self.root.display(),
-                free >> 20,
-                bytes >> 20
-            );
-        }
-        Ok(())
+        need_space(&self.root, bytes, "set FERRY_CACHE to a folder that has it")
     }
+}
+
+/// Fails with a clear message if less than `bytes` are free in a folder; `otherwise` is what else can be done than make room.
+pub fn need_space(folder: &Path, bytes: u64, otherwise: &str) -> Result<()> {
+    let stat =
+        rustix::fs::statvfs(folder).with_context(|| format!("ask for the free space in {}", folder.display()))?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    if free < bytes {
+        bail!(
+            "{} has {} MiB free and the lab needs {} MiB there: make room, or {otherwise}",
+            folder.display(),
+            free >> 20,
+            bytes.div_ceil(1 << 20)
+        );
+    }
+    Ok(())
 }
 
 /// Says that a file of the cache was used now; `false` if it is not there.

@@ -356,7 +356,7 @@ impl Host {
 
     /// Opens a stream for a request; for programs that are talked to while they run.
     pub fn open(&self, request: &Request) -> Result<Stream> {
-        self.agent()?.open(request)
+        self.agent()?.open(request).map_err(|error| self.check().err().unwrap_or(error))
     }
 
     /// Carries out a request with the given input and collects its output. A time limit in the request is kept by

@@ -9,6 +9,7 @@
 pub mod cache;
 pub mod host;
 pub mod image;
+pub mod inspection;
 pub mod lock;
 pub mod net;
 pub mod packages;

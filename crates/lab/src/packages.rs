@@ -404,7 +404,7 @@ mod tests {
     #[test]
     fn the_shipped_pins_are_read() {
         let pins = Pins::load().expect("packages.toml is well formed");
-        for set in ["hypervisor", "kernel", "qemu", "dom0", "device-model"] {
+        for set in ["hypervisor", "kernel", "qemu", "dom0", "device-model", "pyxs"] {
             assert!(pins.sets.contains_key(set), "set {set}");
         }
     }

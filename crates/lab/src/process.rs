@@ -18,14 +18,17 @@ use std::time::Duration;
 type Order = (Command, SyncSender<io::Result<Child>>);
 
 /// What must be gone when the program ends.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Leavings {
     groups: Vec<Pid>,
     folders: Vec<PathBuf>,
+    /// What else must be done then.
+    acts: Vec<Box<dyn FnOnce() + Send>>,
 }
 
 fn leavings() -> MutexGuard<'static, Leavings> {
-    static LEAVINGS: Mutex<Leavings> = Mutex::new(Leavings { groups: Vec::new(), folders: Vec::new() });
+    static LEAVINGS: Mutex<Leavings> =
+        Mutex::new(Leavings { groups: Vec::new(), folders: Vec::new(), acts: Vec::new() });
     LEAVINGS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -160,9 +163,17 @@ impl Drop for Scratch {
     }
 }
 
-/// Kills every child and removes every scratch folder.
+/// Has something done when the program is ended by a signal, a panic or the time limit.
+pub fn at_end(act: impl FnOnce() + Send + 'static) {
+    leavings().acts.push(Box::new(act));
+}
+
+/// Kills every child, removes every scratch folder, and does what [`at_end`] was given.
 pub fn clean_up() {
     let mut leavings = leavings();
+    for act in leavings.acts.drain(..) {
+        act();
+    }
     for group in leavings.groups.drain(..) {
         let _ = kill_process_group(group, Signal::KILL);
     }

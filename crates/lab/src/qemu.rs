@@ -80,7 +80,12 @@ pub struct Qemu {
 struct Control {
     to: UnixStream,
     from: BufReader<UnixStream>,
+    /// When [`Qemu::check`] last asked for the machine's state.
+    looked: Option<Instant>,
 }
+
+/// How often [`Qemu::check`] asks QEMU itself.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// The processor under which stock Xen 4.17 runs in QEMU 7.2: EPYC has SVM with nested paging, which QEMU emulates.
 /// Without `smap` because PV dom0 otherwise dies of an unhandled page fault; without `monitor` because Xen's mwait
@@ -102,7 +107,7 @@ impl Qemu {
             name: machine.name.clone(),
             process,
             log: machine.log.clone(),
-            control: Mutex::new(Control { to: stream, from }),
+            control: Mutex::new(Control { to: stream, from, looked: None }),
         };
         qemu.greet()?;
         if machine.resume_from.is_some() {
@@ -134,6 +139,10 @@ impl Qemu {
     /// Runs a QMP command and gives what it returned.
     pub fn command(&self, name: &str, arguments: Value) -> Result<Value> {
         let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        self.ask(&mut control, name, &arguments)
+    }
+
+    fn ask(&self, control: &mut Control, name: &str, arguments: &Value) -> Result<Value> {
         let request = json!({ "execute": name, "arguments": arguments });
         let doing = || format!("{}: QEMU's {name}", self.name);
         writeln!(control.to, "{request}").with_context(doing)?;
@@ -192,12 +201,26 @@ impl Qemu {
         self.process.kill();
     }
 
-    /// Fails if QEMU is no longer running, with its last words.
+    /// Fails if QEMU is no longer running, with its last words, or if it has stopped the machine for want of room on this machine's disk.
     pub fn check(&self) -> Result<()> {
-        match self.process.ended() {
-            None => Ok(()),
-            Some(status) => bail!("{}: QEMU ended ({status})\n{}", self.name, tail(&self.log, 10)),
+        if let Some(status) = self.process.ended() {
+            bail!("{}: QEMU ended ({status})\n{}", self.name, tail(&self.log, 10));
         }
+        // Who holds the control socket asks something of QEMU already.
+        let Ok(mut control) = self.control.try_lock() else { return Ok(()) };
+        if control.looked.replace(Instant::now()).is_some_and(|last| last.elapsed() < LOOK) {
+            return Ok(());
+        }
+        let state = self.ask(&mut control, "query-status", &json!({}));
+        drop(control);
+        if state.is_ok_and(|state| state.get("status").and_then(Value::as_str) == Some("io-error")) {
+            bail!(
+                "{}: it stands still because this machine's disk is full; make room in {}",
+                self.name,
+                std::env::temp_dir().display()
+            );
+        }
+        Ok(())
     }
 
     /// Process id on this machine.
@@ -343,6 +366,54 @@ pub fn tail(path: &Path, lines: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// QEMU's control socket with what it answers, one line a request; its process is the given command.
+    fn stand_in(command: &[&str], answers: &'static [&'static str]) -> Qemu {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        std::thread::spawn(move || {
+            let mut requests = BufReader::new(theirs.try_clone().unwrap());
+            let mut theirs = theirs;
+            for answer in answers {
+                if requests.read_line(&mut String::new()).unwrap_or(0) == 0 {
+                    return;
+                }
+                let _ = writeln!(theirs, "{answer}");
+            }
+            let _ = requests.read_line(&mut String::new());
+        });
+        let mut process = Command::new(command[0]);
+        process.args(&command[1..]);
+        let from = BufReader::new(ours.try_clone().unwrap());
+        Qemu {
+            name: "a".to_owned(),
+            process: crate::process::spawn(process).unwrap(),
+            log: PathBuf::from("/nonexistent"),
+            control: Mutex::new(Control { to: ours, from, looked: None }),
+        }
+    }
+
+    #[test]
+    fn a_machine_that_stands_still_for_want_of_room_is_told() {
+        let full = stand_in(&["sleep", "100"], &[r#"{"return": {"status": "io-error", "running": false}}"#]);
+        let said = full.check().unwrap_err().to_string();
+        assert!(said.contains("disk is full"), "{said}");
+        for state in ["running", "paused"] {
+            let answer = format!("{{\"return\": {{\"status\": \"{state}\"}}}}");
+            let answers: &'static [&'static str] = vec![&*answer.leak()].leak();
+            assert!(stand_in(&["sleep", "100"], answers).check().is_ok(), "{state}");
+        }
+    }
+
+    #[test]
+    fn a_dead_qemu_is_told_and_not_asked() {
+        let dead = stand_in(&["false"], &[]);
+        let end = Instant::now() + Duration::from_secs(10);
+        while dead.process.ended().is_none() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let said = dead.check().unwrap_err().to_string();
+        assert!(said.contains("a: QEMU ended (exit status: 1)"), "{said}");
+    }
 
     #[test]
     fn dates_are_those_of_the_calendar() {

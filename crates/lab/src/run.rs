@@ -1,6 +1,6 @@
 //! A whole run of a scenario: boots its hosts, carries out its steps, judges, reports, and leaves nothing behind.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use lab_agent::message::Exec;
 use witness::disk::{JournalFault, check_journal};
 
+use crate::cache::need_space;
 use crate::host::{Assets, Host, HostConfig, HostFile, extension_files, static_binary};
 use crate::image::guest;
 use crate::lock::Lock;
@@ -24,11 +25,15 @@ use crate::report::{GuestReport, MoveReport, RunReport, unexpected};
 use crate::scenario::{GuestType, Host as HostWish, Scenario, Step, Xenstored};
 use crate::steps::host::LabHost;
 use crate::steps::plan::{self, DOM0_FOLDER};
-use crate::steps::{Executor, Lab, ferryd, race};
+use crate::steps::{Executor, Lab, Move, ferryd, race};
 use crate::verdict::{self, Judged, Seen};
 
 /// How long a host may take to boot.
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
+/// Room that a run's logs and its capture of the network may take.
+const LOGS: u64 = 128 << 20;
+/// Room that the guests' ramdisks and the sockets may take.
+const RAMDISKS: u64 = 64 << 20;
 /// How often a run that met the emulator's race is tried.
 const ATTEMPTS: u32 = 3;
 /// Time between two looks at the CPU time of a guest's copies: `xl list` counts tenths of seconds, and emulation is slow.
@@ -59,6 +64,7 @@ pub fn load(file: &Path) -> Result<Scenario> {
 pub fn run(options: &Options) -> Result<(Scenario, RunReport)> {
     let scenario = load(&options.scenario)?;
     process::end_cleanly(Some(scenario.time_limit.0.min(options.time_limit)))?;
+    need_room(&scenario, options)?;
     let assets = Assets::prepare()?;
     let _lock = Lock::take(options.wait)?;
     let name = options.scenario.file_stem().map_or_else(|| "run".into(), |s| s.to_string_lossy().into_owned());
@@ -73,16 +79,16 @@ pub fn run(options: &Options) -> Result<(Scenario, RunReport)> {
         let one = Attempt { scenario: &scenario, assets: &assets, options, folder: &folder, scratch: scratch.path() };
         let mut report = one.run(&name)?;
         report.attempt = attempt;
-        let found: Vec<_> = scenario
-            .hosts
-            .iter()
-            .filter_map(|host| {
-                let log = fs::read(folder.join(host.name.get_ref()).join("console.log")).ok()?;
-                Some((host.name.get_ref().clone(), race::find(&String::from_utf8_lossy(&log))?))
-            })
-            .collect();
-        let raced = !found.is_empty();
-        races.extend(found);
+        let mut raced = false;
+        for host in &scenario.hosts {
+            let name = host.name.get_ref();
+            let log = fs::read(folder.join(name).join("console.log")).unwrap_or_default();
+            let log = String::from_utf8_lossy(&log);
+            let found = race::find(&log).map(|race| (name.clone(), race));
+            raced |= found.is_some();
+            races.extend(found);
+            report.triple_faults.extend(race::find_others(&log).into_iter().map(|fault| (name.clone(), fault)));
+        }
         if report.passed || !raced || attempt >= ATTEMPTS {
             report.emulator_races = races;
             return Ok((scenario, report));
@@ -90,6 +96,15 @@ pub fn run(options: &Options) -> Result<(Scenario, RunReport)> {
         progress::say("the run met the emulator's race (a triple fault with Xen's own RIP and stack): once more");
     }
     bail!("the run was tried too often")
+}
+
+/// Says so at once if the run would fill a disk of this machine: a host whose disk can't take a write stands still.
+fn need_room(scenario: &Scenario, options: &Options) -> Result<()> {
+    fs::create_dir_all(&options.run_dir).with_context(|| format!("make {}", options.run_dir.display()))?;
+    let disks: u64 = scenario.disks.iter().map(|disk| disk.size.0).fold(0, u64::saturating_add);
+    let kept = if options.keep { disks } else { 0 };
+    need_space(&options.run_dir, kept.saturating_add(LOGS), "name another folder with --run-dir")?;
+    need_space(&std::env::temp_dir(), disks.saturating_add(RAMDISKS), "set TMPDIR to a folder that has it")
 }
 
 struct Attempt<'a> {
@@ -140,10 +155,7 @@ impl Attempt<'_> {
         }
         let views = booted.peer.view();
         let switch = booted.network.switch().report();
-        let mut moves = Vec::new();
-        for entry in &executor.moves {
-            moves.push(MoveReport::new(entry, views.iter().find(|v| v.name == entry.guest)));
-        }
+        let moves = self.moves(&executor, &views);
         let guests = self.judge_all(&executor, &views);
         let steps = std::mem::take(&mut executor.results);
         drop(executor);
@@ -166,6 +178,7 @@ impl Attempt<'_> {
             set_up,
             attempt: 1,
             emulator_races: Vec::new(),
+            triple_faults: Vec::new(),
             steps,
             error: error.map(|e| format!("{e:#}")),
             moves,
@@ -245,17 +258,28 @@ impl Attempt<'_> {
             file(self.assets.kernel_image.clone(), "kernel", 0o644),
             file(static_binary("lab-remote")?, "lab-remote", 0o755),
         ];
+        let pack = |init: &str| -> Result<PathBuf> {
+            let ramdisk = self.scratch.join(format!("{init}-ramdisk"));
+            guest::ramdisk(&ramdisk, &static_binary(init)?, &self.assets.kernel, guest::FRONTENDS, &[])
+                .with_context(|| format!("make the ramdisk with {init}"))?;
+            Ok(ramdisk)
+        };
         if self.scenario.guests.iter().any(|g| g.witness && g.ramdisk.is_none()) {
-            let ramdisk = self.scratch.join("witness-ramdisk");
-            guest::ramdisk(&ramdisk, &static_binary("witness")?, &self.assets.kernel, guest::FRONTENDS, &[])
-                .context("make the witness's ramdisk")?;
-            files.push(file(ramdisk, "ramdisk", 0o644));
+            files.push(file(pack("witness")?, "ramdisk", 0o644));
         }
-        if let Some(guest) =
-            self.scenario.guests.iter().find(|g| !g.witness && g.ramdisk.is_none() && g.kernel.is_none())
+        let inits: BTreeSet<&str> =
+            self.scenario.guests.iter().filter_map(|g| Some(g.init.as_ref()?.get_ref().as_str())).collect();
+        for init in inits {
+            files.push(HostFile { local: pack(init)?, remote: plan::init_ramdisk(init), mode: 0o644 });
+        }
+        if let Some(guest) = self
+            .scenario
+            .guests
+            .iter()
+            .find(|g| !g.witness && g.init.is_none() && g.ramdisk.is_none() && g.kernel.is_none())
         {
             bail!(
-                "guest {}: it has no witness, so name a kernel (and a ramdisk, if it needs one)",
+                "guest {}: it has no witness, so name an init, or a kernel (and a ramdisk, if it needs one)",
                 guest.name.get_ref()
             );
         }
@@ -350,26 +374,41 @@ impl Attempt<'_> {
         Some(faults)
     }
 
-    fn judge(&self, executor: &Executor<'_>, view: &GuestView, journal: Option<Vec<JournalFault>>) -> Vec<Judged> {
-        let Some(record) = executor.guests.get(&view.name) else { return Vec::new() };
+    /// Has a guest judged by all that was seen of it.
+    fn judge<T: Default>(&self, executor: &Executor<'_>, view: &GuestView, judge: impl FnOnce(&Seen<'_>) -> T) -> T {
+        let Some(record) = executor.guests.get(&view.name) else { return T::default() };
         let switch = executor.lab().network.switch().report();
         let moves = executor.moves.iter().filter(|m| m.guest == view.name).collect();
-        verdict::judge(&Seen {
+        judge(&Seen {
             guest: &view.name,
             record,
             moves,
             view,
             switch: &switch,
-            journal,
+            journal: self.journal(&view.name, view),
             last: view.snapshots.last(),
         })
+    }
+
+    /// The moves with their figures, each judged by itself, in the run's order.
+    fn moves(&self, executor: &Executor<'_>, views: &[GuestView]) -> Vec<MoveReport> {
+        let mut verdicts: BTreeMap<&str, VecDeque<Vec<Judged>>> = BTreeMap::new();
+        for view in views {
+            let each = |seen: &Seen<'_>| (0..seen.moves.len()).map(|i| verdict::judge_move(seen, i)).collect();
+            verdicts.insert(&view.name, self.judge(executor, view, each));
+        }
+        let report = |entry: &Move| {
+            let verdict = verdicts.get_mut(entry.guest.as_str()).and_then(VecDeque::pop_front);
+            MoveReport::new(entry, views.iter().find(|v| v.name == entry.guest), verdict.unwrap_or_default())
+        };
+        executor.moves.iter().map(report).collect()
     }
 
     fn judge_all(&self, executor: &Executor<'_>, views: &[GuestView]) -> Vec<GuestReport> {
         let created = |view: &&GuestView| executor.guests.get(&view.name).is_some_and(|r| r.created);
         let report = |view: &GuestView| GuestReport {
             guest: view.name.clone(),
-            verdict: self.judge(executor, view, self.journal(&view.name, view)),
+            verdict: self.judge(executor, view, verdict::judge),
             absent: view.hello.as_ref().map(|h: &Received<_>| h.body.absent.clone()).unwrap_or_default(),
             peer: view.clone(),
         };

@@ -8,7 +8,7 @@ use lab::lock::Lock;
 use lab::process::Scratch;
 use lab_agent::message::{Done, Exec, Request, Start};
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -275,6 +275,42 @@ fn nothing_is_left_after_a_signal() -> Result<()> {
 
 #[test]
 #[ignore = "boots emulated hosts; cargo xtask test runs it"]
+fn a_dead_qemu_ends_the_run_with_one_message() -> Result<()> {
+    let run = tempfile::tempdir()?;
+    let scenario = run.path().join("dies.toml");
+    fs::write(
+        &scenario,
+        "about = \"x\"\n[[host]]\nname = \"a\"\n[[step]]\nexec = { on = \"a\", run = \"sleep 1000\", limit = \"20m\" }\n",
+    )?;
+    let mut lab = Command::new(env!("CARGO_BIN_EXE_ferry-lab"))
+        .args(["run", "--wait", "1500", "--run-dir"])
+        .arg(run.path())
+        .arg(&scenario)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut said = BufReader::new(lab.stderr.take().context("no output")?).lines();
+    for line in &mut said {
+        if line?.contains("step 1/1") {
+            break;
+        }
+    }
+    let id = lab.id();
+    let machines = children(id);
+    let [machine] = machines[..] else { bail!("not one machine: {machines:?}") };
+    Command::new("kill").args(["-KILL", &machine.to_string()]).status()?;
+    let since = Instant::now();
+    let output = lab.wait_with_output()?;
+    ensure!(since.elapsed() < Duration::from_secs(60), "it took {:.1?} to see that QEMU is dead", since.elapsed());
+    let report = String::from_utf8_lossy(&output.stdout).into_owned();
+    ensure!(output.status.code() == Some(1), "it ended with {}: {report}", output.status);
+    ensure!(report.matches("a: QEMU ended").count() == 1 && report.contains("FAILED"), "{report}");
+    ensure!(gone(&machines) && leavings(id) == 0, "something is left");
+    Ok(())
+}
+
+#[test]
+#[ignore = "boots emulated hosts; cargo xtask test runs it"]
 fn no_process_is_left_after_a_kill() -> Result<()> {
     let run = tempfile::tempdir()?;
     let mut lab = staying(run.path())?;
@@ -312,6 +348,63 @@ fn the_scripts_exit_code_is_the_labs() -> Result<()> {
     ensure!(output.stdout == b"given\nargument\n", "{:?}", String::from_utf8_lossy(&output.stdout));
     ensure!(fs::read_to_string(run.path().join("made"))? == "made\n");
     ensure!(run.path().join("a/dom0-log.tar").is_file(), "dom0's logs were not kept");
+    Ok(())
+}
+
+#[test]
+#[ignore = "boots emulated hosts; cargo xtask test runs it"]
+fn a_run_leaves_what_is_asked_for_and_no_more() -> Result<()> {
+    let run = tempfile::tempdir()?;
+    let (scenario, json) = (run.path().join("small.toml"), run.path().join("small.json"));
+    fs::write(
+        &scenario,
+        "about = \"x\"\n[[host]]\nname = \"a\"\n[[disk]]\nname = \"lun\"\n[[step]]\n\
+         exec = { on = \"a\", run = \"printf kept | dd of=/dev/disk/by-id/lun conv=fsync; hostname\", expect = \"a\" }\n",
+    )?;
+    let lab = Command::new(env!("CARGO_BIN_EXE_ferry-lab"))
+        .args(["run", "--keep", "--wait", "1500", "--run-dir"])
+        .arg(run.path())
+        .arg("--json")
+        .arg(&json)
+        .arg(&scenario)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let id = lab.id();
+    let output = lab.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "{said}");
+    let report: serde_json::Value = serde_json::from_slice(&fs::read(&json)?)?;
+    ensure!(report["passed"] == true && report["steps"][0]["error"].is_null(), "{report}");
+    ensure!(report["took"].as_f64().is_some_and(|took| took > 0.0), "durations are seconds: {}", report["took"]);
+    ensure!(fs::read(run.path().join("small/lun.raw"))?.starts_with(b"kept"), "--keep kept another disk");
+    ensure!(run.path().join("small/a/console.log").is_file() && run.path().join("small/network.pcap").is_file());
+    ensure!(leavings(id) == 0, "a scratch folder is left");
+    Ok(())
+}
+
+#[test]
+#[ignore = "boots emulated hosts; cargo xtask test runs it"]
+fn a_person_gets_a_prompt_on_each_host() -> Result<()> {
+    let run = tempfile::tempdir()?;
+    let since = Instant::now();
+    let mut lab = Command::new(env!("CARGO_BIN_EXE_ferry-lab"))
+        .args(["shell", "--hosts", "2", "--wait", "1500", "--run-dir"])
+        .arg(run.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let id = lab.id();
+    // To the first host, and by Ctrl-] to the second. When both shells have ended, so does the lab.
+    let keys = b"echo \"I am <$(hostname)>\"; exit\n\x1dbecho \"I am <$(hostname)>\"; exit\n";
+    lab.stdin.take().context("no input")?.write_all(keys)?;
+    let output = lab.wait_with_output()?;
+    let (seen, said) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    eprintln!("two prompts, used and ended, in {:.1?}", since.elapsed());
+    ensure!(output.status.success(), "{said}");
+    ensure!(seen.contains("I am <a>") && seen.contains("I am <b>"), "{seen}\n{said}");
+    ensure!(leavings(id) == 0, "a scratch folder is left");
     Ok(())
 }
 

@@ -7,9 +7,7 @@ use hypervisor::{
     DomId, DomainConfig, DomainInfo, Gfn, GrantArray, GtState, GuestArea, Hypervisor, MemoryRange, PAGE_SIZE,
 };
 use std::collections::BTreeSet;
-use xen_abi::grant::{EntryV1, GTF_INVALID, GTF_TYPE_MASK};
 use xen_abi::hvm_op::{PARAM_CONSOLE_PFN, PARAM_STORE_PFN, PARAMS, ParamRole};
-use zerocopy::FromBytes;
 
 /// Where a PVH guest's special pages end and how many there are (`X86_HVM_END_SPECIAL_REGION`, `X86_HVM_NR_SPECIAL_PAGES`,
 /// tools/include/xenguest.h, xc_dom.h).
@@ -78,9 +76,10 @@ pub fn grants(hv: &dyn Hypervisor, dom: DomId) -> Result<Grants> {
 
 /// Reads all that the hypervisor holds of a paused guest besides memory. `system_time` is the guest's at the pause, `paused_at` the host's.
 ///
-/// The TSC runs on while a guest is paused, and Xen saves it as it is at the save. It is taken back to the pause here, so that
-/// all clocks of the state are of one moment.
+/// The TSC runs on while a guest is paused, and Xen saves it as it is at the save. It is taken back to the pause here, from a point that
+/// the extension has read together with the guest's time, so that all clocks of the state are of one moment.
 pub fn state(hv: &dyn Hypervisor, dom: DomId, system_time: i64, paused_at: u64) -> Result<GuestState> {
+    // Before the HVM context, whose CR2 is right only after it (docs/extension-abi.md).
     let gt = hv.gt_state(dom).doing("read event channels, vCPU areas and clocks")?;
     let mut params = Vec::new();
     for param in PARAMS.iter().filter(|p| p.role != ParamRole::DeviceModel) {
@@ -100,14 +99,15 @@ pub fn state(hv: &dyn Hypervisor, dom: DomId, system_time: i64, paused_at: u64) 
     };
     let mut info = hv.tsc_info(dom)?;
     info.elapsed_ns = info.elapsed_ns.saturating_sub(hv.now()?.saturating_sub(paused_at));
-    let before = hv.now()?;
     let context = hv.hvm_context(dom)?;
-    let saved_at = before + hv.now()?.saturating_sub(before) / 2;
-    let since_pause = tsc::ticks(saved_at.saturating_sub(paused_at), info.khz);
+    let at_pause = |vcpu: u16, saved: u64| match gt.vcpus.get(usize::from(vcpu)) {
+        Some(v) => tsc::moved(v.tsc, system_time, info.khz),
+        None => saved,
+    };
     Ok(GuestState {
         vm_assist: hv.vm_assist(dom)?,
         tsc: info,
-        hvm_context: tsc::shifted(&context, tsc::Keep::All, |tsc| tsc.wrapping_sub(since_pause))?,
+        hvm_context: tsc::replaced(&context, at_pause)?,
         params,
         shared_info,
         gt,
@@ -137,17 +137,6 @@ pub fn unmarked_pages(params: &[(u32, u64)], gt: &GtState) -> BTreeSet<Gfn> {
         }
     }
     pages
-}
-
-/// Pages that the guest has granted to somebody: a backend may have written to them without the bitmap knowing yet.
-pub fn granted_pages(grants: &Grants) -> BTreeSet<Gfn> {
-    grants
-        .shared
-        .chunks_exact(size_of::<EntryV1>())
-        .filter_map(|entry| EntryV1::read_from_bytes(entry).ok())
-        .filter(|entry| entry.flags & GTF_TYPE_MASK != GTF_INVALID)
-        .map(|entry| Gfn(entry.frame.into()))
-        .collect()
 }
 
 #[cfg(test)]

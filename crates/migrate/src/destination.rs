@@ -12,12 +12,12 @@ use crate::journal::{Journal, RecordKind, Role};
 use crate::link::{Link, Sender};
 use crate::preflight;
 use crate::report::{Place, Timeline};
-use crate::restore::{self, PAUSES};
+use crate::restore::{self, Away, PAUSES};
 use crate::source::{GoDetails, StepsDetails, WhyDetails, kebab};
 use crate::toolstack::Luggage;
 use crate::trouble::{Doing, Result, Trouble};
 use crate::wire::{Frame, Said};
-use hypervisor::{DomId, Gfn, PAGE_SIZE};
+use hypervisor::{DomId, Gfn, GtPortKind, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -49,13 +49,6 @@ struct Kept {
     luggage: Luggage,
     /// Should `Go` never be heard, but the source be fenced.
     away: Away,
-}
-
-/// How long the guest had been away at a point of this host's time.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-struct Away {
-    away_ns: u64,
-    at_host_ns: u64,
 }
 
 #[derive(Debug)]
@@ -262,6 +255,8 @@ struct Run {
     populated: BTreeSet<Gfn>,
     restored: Option<(GuestState, Luggage)>,
     away: Away,
+    /// From the pause to the unpause, once it runs.
+    blackout_ns: u64,
     timeline: Timeline,
     why: Vec<String>,
 }
@@ -296,6 +291,7 @@ impl Run {
             populated: BTreeSet::new(),
             restored: None,
             away: Away::default(),
+            blackout_ns: 0,
             timeline: Timeline::start(Place::Destination),
             why: Vec::new(),
         }
@@ -615,7 +611,8 @@ impl Run {
             ToSource::Refuse | ToSource::Returned => serde_json::to_value(WhyDetails { why: self.why.clone() }),
             ToSource::Ready | ToSource::Running => {
                 let digest = self.digest.clone().finalize();
-                serde_json::to_value(StepsDetails { steps: self.timeline.steps().to_vec(), digest })
+                let blackout_us = self.blackout_ns / 1000;
+                serde_json::to_value(StepsDetails { steps: self.timeline.steps().to_vec(), digest, blackout_us })
             }
             ToSource::Accept | ToSource::Bye => Ok(serde_json::Value::Null),
         };
@@ -692,11 +689,6 @@ impl Run {
         Ok(())
     }
 
-    fn away_now(&self) -> Result<u64> {
-        let since = self.host.hypervisor.now()?.saturating_sub(self.away.at_host_ns);
-        Ok(self.away.away_ns.saturating_add(since))
-    }
-
     fn connect(&mut self) -> Result<()> {
         let hv = self.host.hypervisor.clone();
         let offer = self.offer.clone().ok_or_else(|| Trouble::new("there is no offer"))?;
@@ -705,15 +697,15 @@ impl Run {
         self.host.toolstack.go(&offer, luggage).doing("connect the backends")?;
         self.timeline.mark("connect backends, store and console");
         for port in &state.gt.ports {
-            // Events that the backend sent into the void while it was away; one too many is allowed.
-            if matches!(port.kind, hypervisor::GtPortKind::Interdomain { .. } | hypervisor::GtPortKind::Unbound { .. })
+            // Events that the backend sent into the void while it was away; one too many is allowed. Within the guest none was lost.
+            if matches!(port.kind, GtPortKind::Interdomain { remote, .. } | GtPortKind::Unbound { remote } if remote != dom)
                 && let Err(error) = hv.raise_guest_port(dom, port.port)
             {
                 tracing::debug!("{}: raise port {}: {error}", self.title(), port.port);
             }
         }
         self.timeline.mark("raise the guest's ports");
-        restore::clocks(&*hv, dom, state, self.away_now()?).doing("set the clocks")?;
+        restore::clocks(&*hv, dom, state, self.away).doing("set the clocks")?;
         self.timeline.mark("set the clocks");
         Ok(())
     }
@@ -730,6 +722,9 @@ impl Run {
                 }
                 for _ in 0..PAUSES {
                     if hv.domain_info(dom)?.paused {
+                        // The last of these counts: from then on the guest may run.
+                        self.blackout_ns = self.away.at(hv.now()?);
+                        self.timeline.mark("unpause");
                         hv.unpause(dom)?;
                     }
                 }
@@ -739,7 +734,6 @@ impl Run {
             Err(error) if error.is_no_such_domain() => return Ok(()),
             Err(error) => return Err(error.into()),
         }
-        self.timeline.mark("unpause");
         if let Err(error) = self.host.toolstack.announce(&offer) {
             tracing::warn!("{}: announce: {error}", self.title());
         }

@@ -105,7 +105,10 @@ impl Precopy {
 
     fn judge(&self) -> Judgement {
         if self.expected_blackout() <= self.limits.downtime {
-            return Judgement::Freeze;
+            // The limit is what may be, not what is aimed at.
+            let another =
+                self.is_shrinking() && self.round() < self.limits.rounds && self.started.elapsed() < self.limits.time;
+            return if another { Judgement::Again } else { Judgement::Freeze };
         }
         if self.dirty <= FEW || self.limits.fixed > self.limits.downtime {
             return self.give_up("its fixed part alone is too long");
@@ -117,6 +120,15 @@ impl Precopy {
             return self.give_up(&format!("{:?} did not help", self.limits.time));
         }
         Judgement::Again
+    }
+
+    /// Whether each round still leaves clearly fewer pages than the one before.
+    fn is_shrinking(&self) -> bool {
+        let before = match self.rounds.as_slice() {
+            [.., before, _] => before.dirtied,
+            _ => u64::MAX,
+        };
+        self.dirty > FEW && self.dirty < before / 4 * 3
     }
 
     fn give_up(&self, why: &str) -> Judgement {
@@ -201,7 +213,7 @@ mod tests {
     fn the_limit_decides() {
         let limits = Limits { rounds: 2, ..Limits::default() };
         // 100 MiB/s are 25600 pages a second: 250 ms for 6400 pages.
-        assert_eq!(after(round(100, 6000), limits.clone()), Judgement::Freeze);
+        assert_eq!(after(round(100, 6000), Limits { rounds: 1, ..limits.clone() }), Judgement::Freeze);
         assert_eq!(after(round(100, 7000), limits.clone()), Judgement::Again);
         assert!(matches!(after(round(100, 7000), Limits { rounds: 1, ..limits.clone() }), Judgement::GiveUp(_)));
         assert!(matches!(
@@ -210,6 +222,20 @@ mod tests {
         ));
         let slow = Limits { fixed: Duration::from_secs(1), ..limits };
         assert!(matches!(after(round(100, 1), slow), Judgement::GiveUp(_)));
+    }
+
+    #[test]
+    fn rounds_go_on_while_they_help() {
+        let mut precopy = Precopy::new(Limits::default());
+        let mut judge_after = |dirtied| {
+            precopy.dirty = dirtied;
+            precopy.rounds.push(round(100, dirtied));
+            precopy.judge()
+        };
+        assert_eq!(judge_after(6000), Judgement::Again);
+        assert_eq!(judge_after(3000), Judgement::Again);
+        assert_eq!(judge_after(2900), Judgement::Freeze);
+        assert_eq!(judge_after(FEW), Judgement::Freeze);
     }
 
     #[test]

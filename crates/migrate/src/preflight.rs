@@ -44,9 +44,11 @@ pub fn source(
     }
     for port in &gt.ports {
         match port.kind {
-            GtPortKind::Unbound { remote } | GtPortKind::Interdomain { remote, .. } if remote != DomId::DOM0 => {
+            GtPortKind::Unbound { remote } | GtPortKind::Interdomain { remote, .. }
+                if remote != DomId::DOM0 && remote != info.domid =>
+            {
                 why.push(format!(
-                    "its event channel {} leads to domain {remote}; only channels to dom0 can be moved",
+                    "its event channel {} leads to domain {remote}; only channels to dom0 and within the guest can be moved",
                     port.port
                 ));
             }

@@ -8,7 +8,8 @@ use crate::capture::unmarked_pages;
 use crate::guest::{GfnRange, GuestState, Shell};
 use crate::trouble::{Doing, Result, Trouble};
 use crate::tsc;
-use hypervisor::{Access, DomId, Gfn, GrantArray, GtState, GtStep, Hypervisor, PAGE_SIZE, XenPage};
+use hypervisor::{Access, DomId, Gfn, GrantArray, GtState, GtStep, Hypervisor, PAGE_SIZE, TscPoint, XenPage};
+use serde::{Deserialize, Serialize};
 use std::mem::offset_of;
 use xen_abi::grant::{EntryV1, GTF_READING, GTF_WRITING};
 use xen_abi::hvm_op::{ParamRole, param};
@@ -158,23 +159,40 @@ pub fn processors(hv: &dyn Hypervisor, dom: DomId, state: &GuestState) -> Result
     set_params(hv, dom, state, |role| role == ParamRole::Callback)
 }
 
-/// Sets every clock to where it would be had the guest run all the time: `away_ns` after the pause. The host's own clock carries them
-/// on from here, so the moment of the call is what counts, not the unpause.
-pub fn clocks(hv: &dyn Hypervisor, dom: DomId, state: &GuestState, away_ns: u64) -> Result<()> {
+/// How long the guest had been away at a point of this host's time.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct Away {
+    pub away_ns: u64,
+    pub at_host_ns: u64,
+}
+
+impl Away {
+    /// The same, at another point of this host's time.
+    pub fn at(self, host_ns: u64) -> u64 {
+        self.away_ns.saturating_add(host_ns.saturating_sub(self.at_host_ns))
+    }
+}
+
+/// Sets every clock to where it would be had the guest run all the time. The host's own clock carries them on, so neither the moment of
+/// this call nor that of the unpause matters.
+pub fn clocks(hv: &dyn Hypervisor, dom: DomId, state: &GuestState, away: Away) -> Result<()> {
+    let host_now = hv.now()?;
+    let away_ns = away.at(host_now);
     let guest_now = state.system_time.saturating_add_unsigned(away_ns);
-    let host_now = i64::try_from(hv.now()?).unwrap_or(i64::MAX);
     let mut gt: GtState = state.gt.clone();
-    gt.clock_offset_ns = guest_now.saturating_sub(host_now);
+    gt.clock_offset_ns = guest_now.saturating_sub_unsigned(host_now);
     for vcpu in &mut gt.vcpus {
         vcpu.runstate = vcpu.runstate.at(guest_now);
+    }
+    for (vcpu, ticks) in tsc::read(&state.hvm_context)? {
+        if let Some(vcpu) = gt.vcpus.get_mut(usize::from(vcpu)) {
+            vcpu.tsc = TscPoint { ticks, at_ns: state.system_time };
+        }
     }
     hv.set_gt_state(dom, GtStep::ClockOffset, &gt)?;
     let mut info = state.tsc;
     info.elapsed_ns = info.elapsed_ns.saturating_add(away_ns);
     set_tsc(hv, dom, info)?;
-    let ticks = tsc::ticks(away_ns, info.khz);
-    let cpus = tsc::shifted(&state.hvm_context, tsc::Keep::Cpus, |tsc| tsc.wrapping_add(ticks))?;
-    hv.set_hvm_context(dom, &cpus).doing("set the TSC")?;
     hv.set_gt_state(dom, GtStep::VcpuTimes, &gt)?;
     Ok(())
 }

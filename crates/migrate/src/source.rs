@@ -72,6 +72,9 @@ pub struct StepsDetails {
     /// Of the image, as it was received.
     #[serde(default)]
     pub digest: u32,
+    /// With `Running`: from the pause to the unpause.
+    #[serde(default)]
+    pub blackout_us: u64,
 }
 
 /// What the destination says with `Refuse` and `Returned`.
@@ -765,7 +768,7 @@ impl Run {
             (ToSource::Running, SourceState::Committed) => {
                 let details = steps();
                 if let Some(timeline) = &mut self.timeline {
-                    timeline.mark_remote(details.steps, "carry the commit and its answer");
+                    timeline.end_remote(details.steps, details.blackout_us, "carry the commit");
                 }
             }
             (ToSource::Refuse, _) => {
@@ -940,11 +943,9 @@ impl Run {
         bitmap.union(&self.precopy.left_over);
         let mut state = capture::state(&*hv, dom, before.guest_now_ns(), self.paused_at_ns)?;
         state.gt.watchdogs = before.watchdogs;
-        for gfn in
-            capture::unmarked_pages(&state.params, &state.gt).into_iter().chain(capture::granted_pages(&state.grants))
-        {
+        capture::unmarked_pages(&state.params, &state.gt).into_iter().for_each(|gfn| {
             bitmap.insert(gfn);
-        }
+        });
         let last = self.last_pages(&bitmap)?;
         self.mark("capture the hypervisor's state");
         if let Some(why) =

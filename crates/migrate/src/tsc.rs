@@ -1,41 +1,50 @@
 //! The vCPUs' TSCs in an HVM context (CPU record, `struct hvm_hw_cpu`, public/arch-x86/hvm/save.h).
 
 use crate::trouble::{Result, Trouble};
-use xen_abi::hvm_save::{CODE_CPU, CODE_END, CODE_HEADER, Cpu, push_record, records};
+use hypervisor::TscPoint;
+use xen_abi::hvm_save::{CODE_CPU, CODE_END, Cpu, Record, push_record, records};
 
 /// Ticks in so many nanoseconds at a rate in kHz.
-pub fn ticks(ns: u64, khz: u32) -> u64 {
+fn ticks(ns: u64, khz: u32) -> u64 {
     u64::try_from(u128::from(ns) * u128::from(khz) / 1_000_000).unwrap_or(u64::MAX)
 }
 
-/// Which records the new context has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Keep {
-    All,
-    /// Those of the vCPUs alone, and what frames them.
-    Cpus,
+/// What a TSC that runs through that point at a rate in kHz reads at another moment of the guest's system time.
+pub fn moved(point: TscPoint, to_ns: i64, khz: u32) -> u64 {
+    let away = ticks(to_ns.abs_diff(point.at_ns), khz);
+    if to_ns < point.at_ns { point.ticks.wrapping_sub(away) } else { point.ticks.wrapping_add(away) }
 }
 
-/// The context with every vCPU's TSC changed.
+fn cpu(record: &Record<'_>) -> Result<Cpu> {
+    record.get().ok_or_else(|| Trouble::new("a CPU record of the HVM context is too short"))
+}
+
+/// Each vCPU's number and TSC.
 ///
 /// # Errors
 /// The records do not follow each other, or a CPU record is too short.
-pub fn shifted(context: &[u8], keep: Keep, change: impl Fn(u64) -> u64) -> Result<Vec<u8>> {
+pub fn read(context: &[u8]) -> Result<Vec<(u16, u64)>> {
+    let cpus = records(context)?.into_iter().filter(|record| record.code == CODE_CPU);
+    cpus.map(|record| Ok((record.instance, cpu(&record)?.tsc))).collect()
+}
+
+/// The context with every vCPU's TSC replaced by what its number and the present one make.
+///
+/// # Errors
+/// As [`read`].
+pub fn replaced(context: &[u8], with: impl Fn(u16, u64) -> u64) -> Result<Vec<u8>> {
     let mut new = Vec::with_capacity(context.len());
     for record in records(context)? {
         match record.code {
             CODE_CPU => {
-                let mut cpu: Cpu =
-                    record.get().ok_or_else(|| Trouble::new("a CPU record of the HVM context is too short"))?;
-                cpu.tsc = change(cpu.tsc);
+                let mut cpu = cpu(&record)?;
+                cpu.tsc = with(record.instance, cpu.tsc);
                 let bytes = zerocopy::IntoBytes::as_bytes(&cpu);
                 let rest = record.payload.get(bytes.len()..).unwrap_or_default();
                 push_record(&mut new, record.code, record.instance, &[bytes, rest].concat());
             }
             CODE_END => {}
-            CODE_HEADER => push_record(&mut new, record.code, record.instance, record.payload),
-            _ if keep == Keep::All => push_record(&mut new, record.code, record.instance, record.payload),
-            _ => {}
+            _ => push_record(&mut new, record.code, record.instance, record.payload),
         }
     }
     push_record(&mut new, CODE_END, 0, &[]);
@@ -45,13 +54,20 @@ pub fn shifted(context: &[u8], keep: Keep, change: impl Fn(u64) -> u64) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use xen_abi::hvm_save::{FILE_MAGIC, FILE_VERSION, Header};
+    use xen_abi::hvm_save::{CODE_HEADER, FILE_MAGIC, FILE_VERSION, Header};
     use zerocopy::{FromZeros, IntoBytes};
 
     #[test]
     fn ticks_of_long_absences_do_not_overflow() {
         assert_eq!(ticks(1_000_000_000, 2_000_000), 2_000_000_000);
         assert_eq!(ticks(86_400_000_000_000 * 365, 3_000_000), 3_000_000_000 * 86_400 * 365);
+    }
+
+    #[test]
+    fn a_point_moves_both_ways() {
+        let point = TscPoint { ticks: 10_000, at_ns: 5_000 };
+        assert_eq!(moved(point, 6_000, 2_000_000), 12_000);
+        assert_eq!(moved(point, 4_000, 2_000_000), 8_000);
     }
 
     #[test]
@@ -65,12 +81,11 @@ mod tests {
         push_record(&mut context, CODE_CPU, 1, cpu.as_bytes());
         push_record(&mut context, 9, 0, b"other");
         push_record(&mut context, CODE_END, 0, &[]);
-        assert_eq!(shifted(&context, Keep::All, |tsc| tsc).unwrap(), context);
-        let earlier = shifted(&context, Keep::All, |tsc| tsc - 400).unwrap();
-        let changed: Vec<Cpu> =
-            records(&earlier).unwrap().iter().filter(|r| r.code == CODE_CPU).filter_map(|r| r.get()).collect();
-        assert_eq!((changed[0].tsc, changed[0].rip, changed.len()), (600, 0x1234, 1));
+        assert_eq!(replaced(&context, |_, tsc| tsc).unwrap(), context);
+        let earlier = replaced(&context, |vcpu, tsc| tsc - 400 + u64::from(vcpu)).unwrap();
+        assert_eq!(read(&earlier).unwrap(), [(1, 601)]);
+        let changed: Vec<Cpu> = records(&earlier).unwrap().iter().filter_map(|r| r.get()).collect();
+        assert_eq!(changed.iter().find(|c| c.tsc == 601).map(|c| c.rip), Some(0x1234));
         assert_eq!(earlier.len(), context.len());
-        assert!(shifted(&context, Keep::Cpus, |tsc| tsc).unwrap().len() < context.len());
     }
 }

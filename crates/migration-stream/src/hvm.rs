@@ -5,221 +5,61 @@
 //! every context is written back as it was read.
 
 use serde_json::Value;
+use xen_abi::hvm_save::{self, Descriptor};
+use xen_abi::layout::{Show, Shown};
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::ErrorKind;
-use crate::wire::{Field, Reader, hex, object, wire_struct};
+use crate::wire::{Field, Reader, hex, object};
 
-/// `HVM_FILE_MAGIC`.
-pub const FILE_MAGIC: u32 = 0x5438_1286;
-/// `HVM_FILE_VERSION`.
-pub const FILE_VERSION: u32 = 1;
+pub use xen_abi::hvm_save::{FILE_MAGIC, FILE_VERSION};
 /// Entries that one context may have; Xen 4.17 with 128 vCPUs has about 900.
 pub const ENTRIES_MAX: usize = 1 << 16;
 
-wire_struct! {
-    /// HEADER (1): `struct hvm_save_header`.
-    pub struct Header {
-        /// [`FILE_MAGIC`].
-        pub magic: u32,
-        /// [`FILE_VERSION`].
-        pub version: u32,
-        /// Changeset of the Xen that saved.
-        pub changeset: u64,
-        /// CPUID leaf 1 EAX of the saving machine.
-        pub cpuid: u32,
-        /// Guest TSC frequency in kHz.
-        pub gtsc_khz: u32,
+/// The records' own structures, whose layouts are xen-abi's: HEADER (1), CPU (2), PIC (3), and so on.
+pub use xen_abi::hvm_save::{
+    Cpu, Header, Hpet, HpetTimer, IoApic, IsaIrqs as IsaIrq, Lapic, LapicRegs, Mtrr, OneMsr as Msr, PciIrqs as PciIrq,
+    PciLink, Pic, Pit, PitChannel, PmTimer, Rtc, TscAdjust, ViridianDomain, ViridianVcpu, VmceVcpu,
+};
+
+/// A structure of xen-abi's on the wire: as it lies in memory. It has no padding of the compiler's (zerocopy refuses it), and its
+/// numbers are little-endian, as x86 has them.
+macro_rules! as_in_memory {
+    ($($name:ident)*) => {$(
+        impl Field for $name {
+            const SIZE: usize = size_of::<$name>();
+            fn get(reader: &mut Reader<'_>, field: &'static str) -> Result<Self, ErrorKind> {
+                let bytes = reader.bytes(Self::SIZE, field)?;
+                Self::read_from_bytes(bytes)
+                    .map_err(|_| ErrorKind::TooShort { field, wanted: Self::SIZE, have: bytes.len() })
+            }
+            fn put(&self, out: &mut Vec<u8>) {
+                out.extend_from_slice(self.as_bytes());
+            }
+            fn json(&self) -> Value {
+                json_of(self.show())
+            }
+        }
+    )*};
+}
+
+as_in_memory! {
+    Descriptor Header Cpu Pic IoApic Lapic LapicRegs PciIrq IsaIrq PciLink Pit Rtc Hpet PmTimer Mtrr ViridianDomain
+    ViridianVcpu VmceVcpu TscAdjust Msr
+}
+
+/// As [`Field::json`] has it: 64-bit numbers and octets as hexadecimal text, other numbers as numbers.
+fn json_of(shown: Shown) -> Value {
+    match shown {
+        Shown::Unsigned(n, 8) => n.json(),
+        Shown::Unsigned(n, _) => n.into(),
+        Shown::Signed(n) => n.into(),
+        Shown::Octets(bytes) => hex(&bytes).into(),
+        Shown::List(items) => items.into_iter().map(json_of).collect(),
+        Shown::Fields(fields) => Value::Object(
+            fields.into_iter().map(|(name, value)| (name.trim_start_matches('_').to_owned(), json_of(value))).collect(),
+        ),
     }
-}
-
-wire_struct! {
-    /// CPU (2): `struct hvm_hw_cpu`, one per vCPU that is not offline.
-    #[allow(missing_docs)]
-    pub struct Cpu {
-        /// FXSAVE image.
-        pub fpu_regs: [u8; 512],
-        pub rax: u64, pub rbx: u64, pub rcx: u64, pub rdx: u64,
-        pub rbp: u64, pub rsi: u64, pub rdi: u64, pub rsp: u64,
-        pub r8: u64, pub r9: u64, pub r10: u64, pub r11: u64,
-        pub r12: u64, pub r13: u64, pub r14: u64, pub r15: u64,
-        pub rip: u64, pub rflags: u64,
-        pub cr0: u64, pub cr2: u64, pub cr3: u64, pub cr4: u64,
-        pub dr0: u64, pub dr1: u64, pub dr2: u64, pub dr3: u64, pub dr6: u64, pub dr7: u64,
-        pub cs_sel: u32, pub ds_sel: u32, pub es_sel: u32, pub fs_sel: u32,
-        pub gs_sel: u32, pub ss_sel: u32, pub tr_sel: u32, pub ldtr_sel: u32,
-        pub cs_limit: u32, pub ds_limit: u32, pub es_limit: u32, pub fs_limit: u32,
-        pub gs_limit: u32, pub ss_limit: u32, pub tr_limit: u32, pub ldtr_limit: u32,
-        pub idtr_limit: u32, pub gdtr_limit: u32,
-        pub cs_base: u64, pub ds_base: u64, pub es_base: u64, pub fs_base: u64,
-        pub gs_base: u64, pub ss_base: u64, pub tr_base: u64, pub ldtr_base: u64,
-        pub idtr_base: u64, pub gdtr_base: u64,
-        pub cs_arbytes: u32, pub ds_arbytes: u32, pub es_arbytes: u32, pub fs_arbytes: u32,
-        pub gs_arbytes: u32, pub ss_arbytes: u32, pub tr_arbytes: u32, pub ldtr_arbytes: u32,
-        pub sysenter_cs: u64, pub sysenter_esp: u64, pub sysenter_eip: u64,
-        pub shadow_gs: u64,
-        /// Obsolete, ignored by Xen.
-        pub msr_flags: u64,
-        pub msr_lstar: u64, pub msr_star: u64, pub msr_cstar: u64, pub msr_syscall_mask: u64,
-        pub msr_efer: u64, pub msr_tsc_aux: u64,
-        /// What RDTSC would have returned at the save.
-        pub tsc: u64,
-        /// Bits 0-7 vector, 8-10 type, 11 error valid, 31 valid.
-        pub pending_event: u32,
-        pub error_code: u32,
-        /// Bit 0: the FPU has been used.
-        pub flags: u32,
-        pub pad0: u32,
-    }
-}
-
-wire_struct! {
-    /// PIC (3): `struct hvm_hw_vpic`; instance 0 is the master.
-    #[allow(missing_docs)]
-    pub struct Pic {
-        pub irr: u8, pub imr: u8, pub isr: u8, pub irq_base: u8,
-        /// Bits 0-3 init_state, 4-7 priority_add.
-        pub init_state_priority: u8,
-        /// Bit 0 readsel_isr, 1 poll, 2 auto_eoi, 3 rotate_on_auto_eoi, 4 special_fully_nested, 5 special_mask, 6 master.
-        pub mode_bits: u8,
-        pub elcr: u8, pub int_output: u8,
-    }
-}
-
-wire_struct! {
-    /// IOAPIC (4): `struct hvm_hw_vioapic`.
-    #[allow(missing_docs)]
-    pub struct IoApic { pub base_address: u64, pub ioregsel: u32, pub id: u32, pub redirtbl: [u64; 48] }
-}
-
-wire_struct! {
-    /// LAPIC (5): `struct hvm_hw_lapic`, one per vCPU.
-    #[allow(missing_docs)]
-    pub struct Lapic { pub apic_base_msr: u64, pub disabled: u32, pub timer_divisor: u32, pub tdt_msr: u64 }
-}
-
-wire_struct! {
-    /// LAPIC_REGS (6): `struct hvm_hw_lapic_regs`, one per vCPU.
-    pub struct LapicRegs {
-        /// The register page's first 1024 bytes.
-        pub data: [u8; 1024],
-    }
-}
-
-wire_struct! {
-    /// PCI_IRQ (7): `struct hvm_hw_pci_irqs`.
-    pub struct PciIrq {
-        /// One bit for each device * 4 + INTx.
-        pub asserted: [u64; 2],
-    }
-}
-
-wire_struct! {
-    /// ISA_IRQ (8): `struct hvm_hw_isa_irqs`.
-    pub struct IsaIrq {
-        /// One bit for each ISA interrupt.
-        pub asserted: u64,
-    }
-}
-
-wire_struct! {
-    /// PCI_LINK (9): `struct hvm_hw_pci_link`.
-    #[allow(missing_docs)]
-    pub struct PciLink { pub route: [u8; 4], pub pad0: [u8; 4] }
-}
-
-wire_struct! {
-    /// A channel of [`Pit`].
-    #[allow(missing_docs)]
-    pub struct PitChannel {
-        pub count: u32, pub latched_count: u16, pub count_latched: u8, pub status_latched: u8, pub status: u8,
-        pub read_state: u8, pub write_state: u8, pub write_latch: u8, pub rw_mode: u8, pub mode: u8, pub bcd: u8,
-        pub gate: u8,
-    }
-}
-
-wire_struct! {
-    /// PIT (10): `struct hvm_hw_pit`.
-    #[allow(missing_docs)]
-    pub struct Pit { pub channels: [PitChannel; 3], pub speaker_data_on: u32, pub pad0: u32 }
-}
-
-wire_struct! {
-    /// RTC (11): `struct hvm_hw_rtc`.
-    #[allow(missing_docs)]
-    pub struct Rtc {
-        pub cmos_data: [u8; 14], pub cmos_index: u8, pub pad0: u8,
-        /// Seconds that the guest's RTC is ahead of the host's time.
-        pub rtc_offset: i64,
-    }
-}
-
-wire_struct! {
-    /// A timer of [`Hpet`].
-    #[allow(missing_docs)]
-    pub struct HpetTimer { pub config: u64, pub cmp: u64, pub fsb: u64, pub res4: u64 }
-}
-
-wire_struct! {
-    /// HPET (12): `struct hvm_hw_hpet`.
-    #[allow(missing_docs)]
-    pub struct Hpet {
-        pub capability: u64, pub res0: u64, pub config: u64, pub res1: u64, pub isr: u64, pub res2: [u64; 25],
-        /// Main counter.
-        pub mc64: u64,
-        pub res3: u64, pub timers: [HpetTimer; 3], pub res5: [u64; 84], pub period: [u64; 3],
-    }
-}
-
-wire_struct! {
-    /// PMTIMER (13): `struct hvm_hw_pmtimer`.
-    #[allow(missing_docs)]
-    pub struct PmTimer { pub tmr_val: u32, pub pm1a_sts: u16, pub pm1a_en: u16 }
-}
-
-wire_struct! {
-    /// MTRR (14): `struct hvm_hw_mtrr`, one per vCPU.
-    #[allow(missing_docs)]
-    pub struct Mtrr {
-        pub msr_pat_cr: u64, pub msr_mtrr_var: [u64; 16], pub msr_mtrr_fixed: [u64; 11], pub msr_mtrr_cap: u64,
-        pub msr_mtrr_def_type: u64,
-    }
-}
-
-wire_struct! {
-    /// VIRIDIAN_DOMAIN (15): `struct hvm_viridian_domain_context`.
-    #[allow(missing_docs)]
-    pub struct ViridianDomain {
-        pub hypercall_gpa: u64, pub guest_os_id: u64, pub time_ref_count: u64, pub reference_tsc: u64,
-    }
-}
-
-wire_struct! {
-    /// VIRIDIAN_VCPU (17): `struct hvm_viridian_vcpu_context`.
-    #[allow(missing_docs)]
-    pub struct ViridianVcpu {
-        pub vp_assist_msr: u64, pub apic_assist_pending: u8, pub pad: [u8; 7], pub simp_msr: u64,
-        pub sint_msr: [u64; 16], pub stimer_config_msr: [u64; 4], pub stimer_count_msr: [u64; 4],
-    }
-}
-
-wire_struct! {
-    /// VMCE_VCPU (18): `struct hvm_vmce_vcpu`.
-    #[allow(missing_docs)]
-    pub struct VmceVcpu { pub caps: u64, pub mci_ctl2_bank0: u64, pub mci_ctl2_bank1: u64, pub mcg_ext_ctl: u64 }
-}
-
-wire_struct! {
-    /// TSC_ADJUST (19): `struct hvm_tsc_adjust`.
-    pub struct TscAdjust {
-        /// IA32_TSC_ADJUST.
-        pub tsc_adjust: u64,
-    }
-}
-
-wire_struct! {
-    /// One MSR of CPU_MSR (20): `struct hvm_one_msr`.
-    #[allow(missing_docs)]
-    pub struct Msr { pub index: u32, pub rsvd: u32, pub val: u64 }
 }
 
 /// CPU_XSAVE (16): `struct hvm_hw_cpu_xsave`, whose save area is as long as the guest's features ask.
@@ -249,22 +89,11 @@ macro_rules! contents {
             Raw(Vec<u8>),
         }
 
-        /// Name of a type code in public/arch-x86/hvm/save.h.
-        pub fn type_name(typecode: u16) -> Option<&'static str> {
-            match typecode {
-                0 => Some("END"),
-                16 => Some("CPU_XSAVE"),
-                20 => Some("CPU_MSR"),
-                $($code => Some($name),)*
-                _ => None,
-            }
-        }
-
         impl Contents {
             fn decode(typecode: u16, body: &[u8]) -> Result<Self, ErrorKind> {
                 Ok(match typecode {
                     $($code if body.len() == <$ty>::SIZE => Contents::$variant(Box::new(<$ty>::decode(body)?)),)*
-                    16 if body.len() >= 24 + 576 => {
+                    hvm_save::CODE_CPU_XSAVE if body.len() >= size_of::<hvm_save::CpuXsave>() => {
                         let mut reader = Reader::new(body);
                         Contents::CpuXsave(CpuXsave {
                             xfeature_mask: reader.get("xfeature_mask")?,
@@ -273,7 +102,7 @@ macro_rules! contents {
                             save_area: reader.rest().to_vec(),
                         })
                     }
-                    20 if body.len() >= 8 => Self::decode_msrs(body)?,
+                    hvm_save::CODE_CPU_MSR if body.len() >= 8 => Self::decode_msrs(body)?,
                     _ => Contents::Raw(body.to_vec()),
                 })
             }
@@ -361,7 +190,7 @@ pub struct Entry {
 impl Entry {
     /// The type's name, or "type N".
     pub fn name(&self) -> String {
-        type_name(self.typecode).map_or_else(|| format!("type {}", self.typecode), str::to_owned)
+        hvm_save::code_name(self.typecode).map_or_else(|| format!("type {}", self.typecode), str::to_owned)
     }
 }
 
@@ -378,11 +207,9 @@ impl Context {
         let mut reader = Reader::new(blob);
         let mut entries = Vec::new();
         loop {
-            let typecode: u16 = reader.get("hvm_save_descriptor.typecode")?;
-            let instance: u16 = reader.get("hvm_save_descriptor.instance")?;
-            let length: u32 = reader.get("hvm_save_descriptor.length")?;
+            let Descriptor { typecode, instance, length } = reader.get("hvm_save_descriptor")?;
             let body = reader.bytes(length as usize, "hvm_save_descriptor.length")?;
-            if typecode == 0 {
+            if typecode == hvm_save::CODE_END {
                 if length != 0 || instance != 0 {
                     return Err(ErrorKind::BadValue {
                         field: "hvm_save_descriptor.length",
@@ -445,6 +272,20 @@ impl Context {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reports_tell_each_kind_of_field_in_its_way() {
+        let rtc = Rtc { cmos_data: [0xab; 14], rtc_offset: -5, ..Rtc::default() };
+        let want = serde_json::json!({
+            "cmos_data": "abababababababababababababab", "cmos_index": 0, "pad0": 0, "rtc_offset": -5
+        });
+        assert_eq!(Contents::Rtc(Box::new(rtc)).json(), want);
+        assert_eq!(IsaIrq { asserted: 1 << 40 }.json(), serde_json::json!({ "asserted": "0x10000000000" }));
+        assert_eq!(PciIrq { asserted: [1, 2] }.json(), serde_json::json!({ "asserted": ["0x1", "0x2"] }));
+        let pit = Pit { channels: [PitChannel { latched_count: 7, ..PitChannel::default() }; 3], ..Pit::default() };
+        let json = pit.json();
+        assert_eq!((&json["channels"][2]["latched_count"], &json["speaker_data_on"]), (&7.into(), &0.into()));
+    }
 
     /// The sizes that gcc gives Xen's structures on x86-64 (public/arch-x86/hvm/save.h of 4.17).
     #[test]

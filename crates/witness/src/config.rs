@@ -234,8 +234,12 @@ settings! {
     watch: u32 = 1, |v| number(v, 0, 1000);
     /// How long a transaction is held, ms; 0 for none.
     tx_hold_ms: u32 = 5000, |v| number(v, 0, 3_600_000);
+    /// Events a second through an event channel of its own whose both ends are in this guest.
+    events: u32 = 1, |v| number(v, 0, 1000);
     /// Period of looking at identity, ports, grant table, interrupts, links and devices, ms; 0 for only in snapshots.
     look_ms: u32 = 3000, |v| number(v, 0, 3_600_000);
+    /// Further event channels that are opened at the start and wait for domain 0; each third is closed again, so that there are holes.
+    ports: u32 = 0, |v| number(v, 0, 100_000);
     /// Threads that hold patterns in registers.
     regs: u32 = 1, |v| number(v, 0, 64);
     /// How long they spin with them at a time, µs.

@@ -148,6 +148,17 @@ pub fn classify(text: &str) -> LineClass {
         .map_or(LineClass::Other, |(class, _)| *class)
 }
 
+/// The kernel's clock watchdog gives a clock up because reading it took long (kernel/time/clocksource.c, `cs_watchdog_read`). Of one that
+/// it found wrong it says how wrong.
+pub fn gives_up_reading(text: &str) -> bool {
+    text.contains("read-back delay of") && text.contains("marking unstable")
+}
+
+/// What the watchdog says next of such a clock, whatever the reason (arch/x86/kernel/tsc.c, `tsc_cs_mark_unstable`).
+pub fn drops_a_clock(text: &str) -> bool {
+    text.contains("Marking TSC unstable due to clocksource watchdog")
+}
+
 /// How far back a stall or clock line speaks, in ms: what it says (`stuck for 22s!`, `(t=5250 jiffies` at 250 Hz,
 /// `blocked for more than 120 seconds`), else 30 s, the longest that a kernel's detector
 /// waits without saying so; 2 s for a clock line, four periods of the clock source's watchdog.

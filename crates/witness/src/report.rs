@@ -98,6 +98,12 @@ pub struct Beat {
     pub grant_copies: u64,
     /// Copies through the witness's own grants that failed or were wrong.
     pub grant_bad: u64,
+    /// Events sent through the witness's own event channel.
+    pub events_sent: u64,
+    /// Those that arrived.
+    pub events_back: u64,
+    /// Those that did not, or could not be sent.
+    pub events_lost: u64,
 
     /// Readings of all clocks.
     pub clock_reads: u64,
@@ -652,6 +658,13 @@ pub enum Noticed {
         /// Now.
         after: Option<Port>,
     },
+    /// An event did not arrive that was sent through the witness's own event channel.
+    EventLost {
+        /// The port that it was sent from, and the one that it was for.
+        ports: [u32; 2],
+        /// What went wrong.
+        error: String,
+    },
     /// The grant table's version or size is another.
     GrantTable {
         /// `version`, `frames` or `max_frames`.
@@ -781,7 +794,7 @@ impl Noticed {
             Noticed::Identity { .. } => Promise::T1,
             Noticed::StoreNode { .. } | Noticed::WatchFired { .. } | Noticed::DeviceChanged { .. } => Promise::T2,
             Noticed::StoreError { .. } | Noticed::WatchSilent { .. } | Noticed::Transaction { .. } => Promise::T3,
-            Noticed::PortChanged { .. } | Noticed::InterruptLine { .. } => Promise::T4,
+            Noticed::PortChanged { .. } | Noticed::EventLost { .. } | Noticed::InterruptLine { .. } => Promise::T4,
             Noticed::GrantTable { .. } | Noticed::GrantCopy { .. } => Promise::T5,
             Noticed::KernelLine(line) => line.class.promise(),
             Noticed::ClockBackwards { .. }
@@ -836,6 +849,7 @@ impl fmt::Display for Noticed {
             Noticed::PortChanged { port, before, after } => {
                 write!(f, "port {port} was {}, is {}", or_none(before), or_none(after))
             }
+            Noticed::EventLost { ports: [from, to], error } => write!(f, "event from port {from} to {to}: {error}"),
             Noticed::GrantTable { field, before, after } => {
                 write!(f, "grant table's {field} was {before}, is {after}")
             }

@@ -27,7 +27,7 @@ pub const DOMCTL: u32 = 0x4645_5231;
 /// [`Request::magic`]: "FERRYEXT" cut to a word, so that a stray domctl is not taken for ours.
 pub const MAGIC: u32 = 0x5458_4546;
 /// Version of this file's structures. Changes whenever the meaning or place of a field changes.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 /// Xen's `XEN_DOMCTL_*` union `u` has this many bytes (xen/include/public/domctl.h, `pad`).
 pub const DOMCTL_UNION_SIZE: usize = 128;
 /// A gfn field that has no page.
@@ -59,7 +59,8 @@ pub mod op {
     pub const INFO: u32 = 0;
     /// Fills a [`super::DomainState`].
     pub const GET_DOMAIN: u32 = 1;
-    /// Fills a [`super::VcpuState`] for [`super::Request::index`].
+    /// Fills a [`super::VcpuState`] for [`super::Request::index`]. Of a domain that its controller paused, it also brings the CR2 that a
+    /// following `XEN_DOMCTL_gethvmcontext` reads up to date, which Xen 4.17 does not do on AMD.
     pub const GET_VCPU: u32 = 2;
     /// Fills up to [`super::Request::count`] entries of [`super::PortState`], from port [`super::Request::index`] on. Ports that are
     /// free are left out. [`super::Request::next`] is the port to go on from, 0 when there are no more.
@@ -181,6 +182,8 @@ impl Fault {
     pub const CLOCK: u32 = 32;
     /// The buffer.
     pub const BUFFER: u32 = 33;
+    /// The moment of a TSC.
+    pub const TSC: u32 = 34;
 
     /// What a value of [`Request::fault`] means, in words for a message.
     pub const fn describe(fault: u32) -> &'static str {
@@ -219,6 +222,7 @@ impl Fault {
             Self::PIRQ => "a pirq entry",
             Self::CLOCK => "the clock offset",
             Self::BUFFER => "the buffer",
+            Self::TSC => "the moment of a TSC",
             _ => "a value this program does not know",
         }
     }
@@ -441,12 +445,22 @@ pub mod vcpu_fields {
     pub const SINGLESHOT: u64 = 1 << 7;
     /// `periodic_period` and `periodic_last`.
     pub const PERIODIC: u64 = 1 << 8;
+    /// `tsc` and `tsc_at`. After the clock offset: the vCPU's TSC then runs through that point.
+    pub const TSC: u64 = 1 << 9;
     /// Every field that SET can apply.
-    pub const SETTABLE: u64 =
-        VCPU_INFO | RUNSTATE_AREA | TIME_AREA | RUNSTATE | UPCALL | FIFO_CONTROL | FIFO_TAILS | SINGLESHOT | PERIODIC;
+    pub const SETTABLE: u64 = VCPU_INFO
+        | RUNSTATE_AREA
+        | TIME_AREA
+        | RUNSTATE
+        | UPCALL
+        | FIFO_CONTROL
+        | FIFO_TAILS
+        | SINGLESHOT
+        | PERIODIC
+        | TSC;
 }
 
-/// State of a vCPU. 328 bytes.
+/// State of a vCPU. 344 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VcpuState {
@@ -500,6 +514,10 @@ pub struct VcpuState {
     pub hvm_stime_offset: i64,
     /// Host TSC to guest TSC (`cache_tsc_offset`), for diagnosis.
     pub tsc_offset: u64,
+    /// What the guest would read from this vCPU's TSC at `tsc_at`. Xen's HVM context has a TSC too, but does not say of when.
+    pub tsc: u64,
+    /// Guest's system time, ns.
+    pub tsc_at: i64,
 }
 
 impl Default for VcpuState {
@@ -530,6 +548,8 @@ impl Default for VcpuState {
             pause_flags: 0,
             hvm_stime_offset: 0,
             tsc_offset: 0,
+            tsc: 0,
+            tsc_at: 0,
         }
     }
 }
@@ -555,7 +575,8 @@ pub mod port_state {
     pub const RESERVED: u8 = 1;
     /// Waits for [`super::PortState::remote_domid`] to bind. The only form in which SET makes a port that leads to another domain.
     pub const UNBOUND: u8 = 2;
-    /// Bound to [`super::PortState::remote_port`] of [`super::PortState::remote_domid`].
+    /// Bound to [`super::PortState::remote_port`] of [`super::PortState::remote_domid`]. In a SET the domain must be the port's own: the first
+    /// end to come waits for the domain itself, and the second is connected to it.
     pub const INTERDOMAIN: u8 = 3;
     /// Bound to the pirq in [`super::PortState::irq`].
     pub const PIRQ: u8 = 4;
@@ -647,7 +668,7 @@ const _: () = {
     assert!(size_of::<Info>() == 64);
     assert!(size_of::<Watchdog>() == 16);
     assert!(size_of::<DomainState>() == 1184);
-    assert!(size_of::<VcpuState>() == 328);
+    assert!(size_of::<VcpuState>() == 344);
     assert!(size_of::<PortState>() == 28);
     assert!(size_of::<PirqState>() == 16);
     assert!(size_of::<ClockOffset>() == 16);

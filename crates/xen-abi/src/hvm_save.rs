@@ -71,12 +71,16 @@ abi_structs! {
     struct Header = "struct hvm_save_header" {
         magic: u32,
         version: u32,
+        /// Changeset of the Xen that saved.
         changeset: u64,
+        /// CPUID leaf 1 EAX of the saving machine.
         cpuid: u32,
+        /// Guest TSC frequency in kHz.
         gtsc_khz: u32,
     }
 
     struct Cpu = "struct hvm_hw_cpu" {
+        /// FXSAVE image.
         fpu_regs: [u8; 512],
         rax: u64,
         rbx: u64,
@@ -146,6 +150,7 @@ abi_structs! {
         sysenter_esp: u64,
         sysenter_eip: u64,
         shadow_gs: u64,
+        /// Obsolete, ignored by Xen.
         msr_flags: u64,
         msr_lstar: u64,
         msr_star: u64,
@@ -153,9 +158,12 @@ abi_structs! {
         msr_syscall_mask: u64,
         msr_efer: u64,
         msr_tsc_aux: u64,
+        /// What RDTSC would have returned at the save.
         tsc: u64,
+        /// Bits 0-7 vector, 8-10 type, 11 error valid, 31 valid.
         pending_event: u32,
         error_code: u32,
+        /// Bit 0: the FPU has been used.
         flags: u32,
         _pad0: u32,
     }
@@ -166,9 +174,9 @@ abi_structs! {
         isr: u8,
         irq_base: u8,
         /// Low half: progress of initialisation; high half: line of highest priority.
-        init_priority: u8 = "",
+        init_state_priority: u8 = "",
         /// Bit fields of the mode, from bit 0: ISR select, poll, auto-EOI, rotate, nested, special mask, is master.
-        mode: u8 = "",
+        mode_bits: u8 = "",
         elcr: u8,
         int_output: u8,
     }
@@ -193,11 +201,13 @@ abi_structs! {
     }
 
     struct PciIrqs = "struct hvm_hw_pci_irqs" {
-        pad: [u64; 2],
+        /// One bit for each device * 4 + INTx.
+        asserted: [u64; 2] = "pad",
     }
 
     struct IsaIrqs = "struct hvm_hw_isa_irqs" {
-        pad: [u64; 1],
+        /// One bit for each ISA interrupt.
+        asserted: u64 = "pad",
     }
 
     struct PciLink = "struct hvm_hw_pci_link" {
@@ -230,6 +240,7 @@ abi_structs! {
         cmos_data: [u8; 14],
         cmos_index: u8,
         _pad0: u8,
+        /// Seconds that the guest's RTC is ahead of the host's time.
         rtc_offset: i64,
     }
 
@@ -310,7 +321,7 @@ abi_structs! {
     /// One entry of a CPU_MSR record, which is a 32-bit count, 32 bits of padding, and so many of these.
     struct OneMsr = "struct hvm_one_msr" {
         index: u32,
-        _rsvd: u32,
+        rsvd: u32 = "_rsvd",
         val: u64,
     }
 }
@@ -465,7 +476,7 @@ mod tests {
     #[test]
     fn an_msr_count_that_lies_is_refused() {
         let mut payload = vec![2, 0, 0, 0, 0, 0, 0, 0];
-        payload.extend_from_slice(OneMsr { index: 0x48, _rsvd: 0, val: 4 }.as_bytes());
+        payload.extend_from_slice(OneMsr { index: 0x48, rsvd: 0, val: 4 }.as_bytes());
         let r = Record { code: CODE_CPU_MSR, instance: 0, payload: &payload, offset: 0 };
         assert_eq!(r.msrs(), None);
         payload[0] = 1;

@@ -21,6 +21,53 @@ pub struct StructLayout {
     pub fields: &'static [FieldLayout],
 }
 
+/// What a structure holds, by the names of its fields: for reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Shown {
+    /// An unsigned number of so many bytes.
+    Unsigned(u64, usize),
+    Signed(i64),
+    Octets(Vec<u8>),
+    List(Vec<Shown>),
+    Fields(Vec<(&'static str, Shown)>),
+}
+
+/// Every structure of the ABI, and what its fields are made of.
+pub trait Show {
+    fn show(&self) -> Shown;
+}
+
+macro_rules! show_numbers {
+    ($($t:ty => $kind:expr;)*) => {$(
+        impl Show for $t {
+            fn show(&self) -> Shown {
+                $kind(*self)
+            }
+        }
+    )*};
+}
+
+show_numbers! {
+    u8 => |n| Shown::Unsigned(u64::from(n), 1);
+    u16 => |n| Shown::Unsigned(u64::from(n), 2);
+    u32 => |n| Shown::Unsigned(u64::from(n), 4);
+    u64 => |n| Shown::Unsigned(n, 8);
+    i8 => |n| Shown::Signed(i64::from(n));
+    i16 => |n| Shown::Signed(i64::from(n));
+    i32 => |n| Shown::Signed(i64::from(n));
+    i64 => Shown::Signed;
+}
+
+impl<T: Show + zerocopy::IntoBytes + zerocopy::Immutable, const N: usize> Show for [T; N] {
+    fn show(&self) -> Shown {
+        if size_of::<T>() == 1 {
+            Shown::Octets(zerocopy::IntoBytes::as_bytes(self).to_vec())
+        } else {
+            Shown::List(self.iter().map(Show::show).collect())
+        }
+    }
+}
+
 /// Declares `#[repr(C)]` structures of the ABI without implicit padding (zerocopy refuses it, so no uninitialised byte can reach the
 /// hypervisor), all-zero defaults, and the table `LAYOUTS` of what the test compares.
 ///
@@ -41,6 +88,12 @@ macro_rules! abi_structs {
 
             impl Default for $Name {
                 fn default() -> Self { zerocopy::FromZeros::new_zeroed() }
+            }
+
+            impl crate::layout::Show for $Name {
+                fn show(&self) -> crate::layout::Shown {
+                    crate::layout::Shown::Fields(vec![$((stringify!($f), self.$f.show()),)*])
+                }
             }
         )*
 

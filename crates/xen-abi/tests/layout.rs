@@ -171,6 +171,8 @@ fn every_number_size_and_offset_is_that_of_xens_headers() {
     let v = version::interface(4, 17).unwrap();
     writeln!(c, "_Static_assert(XEN_DOMCTL_INTERFACE_VERSION == {}, \"domctl\");", v.domctl).unwrap();
     writeln!(c, "_Static_assert(XEN_SYSCTL_INTERFACE_VERSION == {}, \"sysctl\");", v.sysctl).unwrap();
+    writeln!(c, "_Static_assert(XENPF_INTERFACE_VERSION == {}, \"platform\");", v.platform).unwrap();
+    writeln!(c, "_Static_assert(sizeof(struct hvm_hw_lapic) == {}, \"lapic\");", v.lapic_record_len).unwrap();
     assert!(n > 600, "only {n} assertions: a table is missing");
     compile(headers, "layout64", "-m64", &c).unwrap_or_else(|e| panic!("{e}"));
 
@@ -203,6 +205,20 @@ fn a_32_bit_guests_structures_are_those_of_xens_headers() {
 fn what_4_20_changed_is_that_of_its_headers() {
     let dir = std::env::var_os("FERRY_XEN_HEADERS_4_20").expect("FERRY_XEN_HEADERS_4_20 is set");
     let mut c = INCLUDES.to_owned();
+    for numbers in [
+        hypercall::NUMBERS,
+        domctl::NUMBERS,
+        sysctl::NUMBERS,
+        memory::NUMBERS,
+        hvm_op::NUMBERS,
+        hvm_save::NUMBERS,
+        event::NUMBERS,
+        grant::NUMBERS,
+        shared::NUMBERS,
+        xenver::NUMBERS,
+    ] {
+        assert_numbers(&mut c, numbers);
+    }
     assert_structs(&mut c, domctl::v17::LAYOUTS);
     // All else is as in 4.17, but for the record that grew.
     for layouts in [
@@ -226,6 +242,7 @@ fn what_4_20_changed_is_that_of_its_headers() {
     let v = version::interface(4, 20).unwrap();
     writeln!(c, "_Static_assert(XEN_DOMCTL_INTERFACE_VERSION == {}, \"domctl\");", v.domctl).unwrap();
     writeln!(c, "_Static_assert(XEN_SYSCTL_INTERFACE_VERSION == {}, \"sysctl\");", v.sysctl).unwrap();
+    writeln!(c, "_Static_assert(XENPF_INTERFACE_VERSION == {}, \"platform\");", v.platform).unwrap();
     writeln!(c, "_Static_assert(sizeof(struct hvm_hw_lapic) == {}, \"lapic\");", v.lapic_record_len).unwrap();
     compile(Path::new(&dir), "layout420", "-m64", &c).unwrap_or_else(|e| panic!("{e}"));
 }

@@ -303,12 +303,14 @@ impl XenHost {
             }
             GtStep::VcpuTimes => set_vcpus(&|v| {
                 Some(VcpuState {
-                    fields: vcpu_fields::RUNSTATE | vcpu_fields::SINGLESHOT | vcpu_fields::PERIODIC,
+                    fields: vcpu_fields::RUNSTATE | vcpu_fields::SINGLESHOT | vcpu_fields::PERIODIC | vcpu_fields::TSC,
                     flags: if v.singleshot_ns.is_some() { vcpu_flags::SINGLESHOT } else { 0 },
                     runstate_time: v.runstate.time_ns,
                     singleshot_expires: v.singleshot_ns.unwrap_or(0),
                     periodic_period: v.periodic_period_ns,
                     periodic_last: v.periodic_last_ns,
+                    tsc: v.tsc.ticks,
+                    tsc_at: v.tsc.at_ns,
                     ..VcpuState::default()
                 })
             }),
@@ -354,6 +356,7 @@ fn vcpu(v: &VcpuState) -> GtVcpu {
         singleshot_ns: flag(vcpu_flags::SINGLESHOT).then_some(v.singleshot_expires),
         periodic_period_ns: v.periodic_period,
         periodic_last_ns: v.periodic_last,
+        tsc: TscPoint { ticks: v.tsc, at_ns: v.tsc_at },
     }
 }
 
@@ -385,12 +388,18 @@ fn port(dom: DomId, p: &ExtPort) -> Result<Option<GtPort>> {
 }
 
 fn ext_port(dom: DomId, p: &GtPort) -> Result<ExtPort> {
-    let (state, remote, irq) = match p.kind {
+    let (state, remote, remote_port, irq) = match p.kind {
+        // Nobody else would bind the two ends of a pair within the guest.
+        GtPortKind::Interdomain { remote, remote_port } if remote == dom => {
+            (port_state::INTERDOMAIN, remote.0, remote_port, 0)
+        }
         // Its backend binds it again.
-        GtPortKind::Unbound { remote } | GtPortKind::Interdomain { remote, .. } => (port_state::UNBOUND, remote.0, 0),
-        GtPortKind::Virq(virq) => (port_state::VIRQ, 0, virq),
-        GtPortKind::Ipi => (port_state::IPI, 0, 0),
-        GtPortKind::Pirq(pirq) => (port_state::PIRQ, 0, pirq),
+        GtPortKind::Unbound { remote } | GtPortKind::Interdomain { remote, .. } => {
+            (port_state::UNBOUND, remote.0, 0, 0)
+        }
+        GtPortKind::Virq(virq) => (port_state::VIRQ, 0, 0, virq),
+        GtPortKind::Ipi => (port_state::IPI, 0, 0, 0),
+        GtPortKind::Pirq(pirq) => (port_state::PIRQ, 0, 0, pirq),
     };
     let notify_vcpu = u16::try_from(p.vcpu).map_err(|_| {
         HypervisorError::malformed(op_name(op::SET_PORTS), dom, format!("port {} notifies vCPU {}", p.port, p.vcpu))
@@ -404,6 +413,7 @@ fn ext_port(dom: DomId, p: &GtPort) -> Result<ExtPort> {
         last_priority: p.last_priority,
         last_vcpu: p.last_vcpu,
         remote_domid: remote,
+        remote_port,
         irq,
         ..ExtPort::default()
     })
@@ -422,6 +432,7 @@ mod tests {
             GtPortKind::Ipi,
             GtPortKind::Pirq(17),
             GtPortKind::Interdomain { remote: DomId(0), remote_port: 44 },
+            GtPortKind::Interdomain { remote: dom, remote_port: 10 },
         ] {
             let p = GtPort {
                 port: 9,
@@ -434,7 +445,7 @@ mod tests {
                 xen_consumer: false,
             };
             let kind = match kind {
-                GtPortKind::Interdomain { remote, .. } => GtPortKind::Unbound { remote },
+                GtPortKind::Interdomain { remote, .. } if remote != dom => GtPortKind::Unbound { remote },
                 k => k,
             };
             assert_eq!(port(dom, &ext_port(dom, &p).unwrap()).unwrap(), Some(GtPort { kind, ..p }));

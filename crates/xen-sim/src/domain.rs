@@ -6,6 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use xen_abi::hvm_save::{CODE_CPU, CODE_END, CODE_HEADER, Cpu, FILE_MAGIC, FILE_VERSION, Header, push_record};
 use zerocopy::IntoBytes;
 
+/// Rate of every simulated host's TSC.
+pub const TSC_PER_NS: i64 = 2;
+
 /// Page contents; `None` is a page of zeroes.
 pub type Page = Option<Box<[u8; PAGE_SIZE]>>;
 
@@ -52,7 +55,7 @@ impl Domain {
             max_mem_kib: 0,
             paging_pool: 0,
             policy: CpuPolicy::default(),
-            tsc: TscInfo { mode: 0, khz: 2_000_000, incarnation: 0, elapsed_ns: 0 },
+            tsc: TscInfo { mode: 0, khz: TSC_PER_NS as u32 * 1_000_000, incarnation: 0, elapsed_ns: 0 },
             vm_assist: 0,
             memory_map: Vec::new(),
             context: None,
@@ -97,7 +100,7 @@ impl Domain {
     }
 
     /// What a PVH guest under way looks like: FIFO event channels, vcpu_info of its own, store and console.
-    pub fn boot(&mut self, program: Program, host_now: i64) {
+    pub fn boot(&mut self, dom: DomId, program: Program, host_now: i64) {
         self.pages = (0..program.pages).map(|gfn| (Gfn(gfn), None)).collect();
         self.max_mem_kib = program.pages * 4;
         self.paging_pool = 1 << 20;
@@ -130,6 +133,8 @@ impl Domain {
             port(2, GtPortKind::Interdomain { remote: dom0, remote_port: 21 }, 0),
             port(3, GtPortKind::Virq(0), 0),
             port(5, GtPortKind::Ipi, 1),
+            port(6, GtPortKind::Interdomain { remote: dom, remote_port: 8 }, 1),
+            port(8, GtPortKind::Interdomain { remote: dom, remote_port: 6 }, 0),
         ];
         self.gt.event_array = Some(vec![Gfn(8)]);
         self.gt.vcpus = (0..self.vcpus)
@@ -141,6 +146,7 @@ impl Domain {
                 upcall_vector: 0xf3,
                 fifo: Some(FifoVcpu { control_block: GuestPlace { gfn: Gfn(10), offset: vcpu * 128 }, tails: [0; 16] }),
                 singleshot_ns: Some(host_now + 1_000_000_000),
+                tsc: TscPoint { ticks: 1_000_000, at_ns: host_now },
                 ..GtVcpu::default()
             })
             .collect();

@@ -1,13 +1,12 @@
 //! The hypervisor of one simulated host.
 
-use crate::domain::Domain;
+use crate::domain::{Domain, TSC_PER_NS};
 use crate::guest::Program;
 use hypervisor::*;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use uuid::Uuid;
-use xen_abi::hvm_save::{CODE_CPU, Cpu, records};
 
 /// All hosts of one test: which of them runs which guest.
 #[derive(Debug, Default)]
@@ -93,7 +92,7 @@ impl SimXen {
             misc_flags: 0,
         };
         let mut domain = Domain::new(config);
-        domain.boot(program, self.clock());
+        domain.boot(dom, program, self.clock());
         lock(&self.inner).domains.insert(dom, domain);
         self.world.set_running(uuid, &self.name, true);
     }
@@ -138,13 +137,9 @@ impl SimXen {
         lock(&self.inner).domains.get(&dom).map(|d| d.raised.clone()).unwrap_or_default()
     }
 
-    /// TSC of vCPU 0 as last set, and the grant entries.
-    pub fn tsc_and_grants(&self, dom: DomId) -> Option<(u64, Vec<u8>)> {
-        let inner = lock(&self.inner);
-        let domain = inner.domains.get(&dom)?;
-        let context = domain.context.as_ref()?;
-        let cpu = records(context).ok()?.into_iter().find(|r| r.code == CODE_CPU)?.get::<Cpu>()?;
-        Some((cpu.tsc, domain.grant_frames.clone()))
+    /// The grant entries.
+    pub fn grants(&self, dom: DomId) -> Option<Vec<u8>> {
+        Some(lock(&self.inner).domains.get(&dom)?.grant_frames.clone())
     }
 
     fn with<T>(
@@ -622,7 +617,15 @@ impl Hypervisor for SimXen {
 
     fn gt_state(&self, dom: DomId) -> Result<GtState> {
         let now = self.clock();
-        self.with("ferry extension", dom, |d| Ok(GtState { host_now_ns: now, ..d.gt.clone() }))
+        self.with("ferry extension", dom, |d| {
+            let mut gt = GtState { host_now_ns: now, ..d.gt.clone() };
+            let guest_now = gt.guest_now_ns();
+            for vcpu in &mut gt.vcpus {
+                let ticks = vcpu.tsc.ticks.wrapping_add_signed(TSC_PER_NS * (guest_now - vcpu.tsc.at_ns));
+                vcpu.tsc = TscPoint { ticks, at_ns: guest_now };
+            }
+            Ok(gt)
+        })
     }
 
     fn set_gt_state(&self, dom: DomId, step: GtStep, state: &GtState) -> Result<()> {
@@ -642,7 +645,9 @@ impl Hypervisor for SimXen {
                 GtStep::Ports => {
                     d.gt.ports = state.ports.clone();
                     for port in &mut d.gt.ports {
-                        if let GtPortKind::Interdomain { remote, .. } = port.kind {
+                        if let GtPortKind::Interdomain { remote, .. } = port.kind
+                            && remote != dom
+                        {
                             port.kind = GtPortKind::Unbound { remote };
                         }
                     }
@@ -677,6 +682,7 @@ impl Hypervisor for SimXen {
                         to.singleshot_ns = from.singleshot_ns;
                         to.periodic_period_ns = from.periodic_period_ns;
                         to.periodic_last_ns = from.periodic_last_ns;
+                        to.tsc = from.tsc;
                     }
                 }
                 GtStep::Watchdogs => d.gt.watchdogs = state.watchdogs.clone(),
@@ -692,6 +698,10 @@ impl SimXen {
         self.with("EVTCHNOP_bind_interdomain", dom, |d| {
             for port in &mut d.gt.ports {
                 port.kind = match port.kind {
+                    // The service domain has no business with a pair within the guest.
+                    GtPortKind::Unbound { remote } | GtPortKind::Interdomain { remote, .. } if remote == dom => {
+                        port.kind
+                    }
                     GtPortKind::Unbound { remote } if bound => {
                         GtPortKind::Interdomain { remote, remote_port: port.port + 40 }
                     }

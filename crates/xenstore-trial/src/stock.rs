@@ -69,6 +69,20 @@ impl Programs {
         c
     }
 
+    /// Python with the module `pyxs`, from Debian's packages, ready to be run against a daemon's socket.
+    ///
+    /// # Errors
+    /// The package is missing.
+    pub fn python_with_pyxs(&self, socket: &Path) -> Result<Command> {
+        let pyxs = Pins::load()?.fetch(&Cache::open()?, "pyxs")?.tree;
+        // With its package's own loader and libraries: this machine may have another Python, or none.
+        let mut c = Command::new(self.tree.join("lib64/ld-linux-x86-64.so.2"));
+        c.arg("--library-path").arg(self.tree.join("usr/lib/x86_64-linux-gnu")).arg(self.tree.join("usr/bin/python3"));
+        c.env("PYTHONHOME", self.tree.join("usr")).env("PYTHONPATH", pyxs.join("usr/lib/python3/dist-packages"));
+        c.env("PYTHONDONTWRITEBYTECODE", "1").env("XENSTORED_PATH", socket);
+        Ok(c)
+    }
+
     /// Starts the stock daemon with further arguments, and waits until it listens.
     ///
     /// # Errors
@@ -77,6 +91,11 @@ impl Programs {
         let mut c = Command::new(self.tree.join("usr/lib/xen-4.17/bin/xenstored"));
         c.arg("-N").args(arguments).env("LD_LIBRARY_PATH", &self.libraries).env("LD_PRELOAD", &self.stub);
         start(c, xen, run)
+    }
+
+    /// The root of the packages.
+    pub fn tree(&self) -> &Path {
+        &self.tree
     }
 
     /// The stock daemon's path, for a live update to it.

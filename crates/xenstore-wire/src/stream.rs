@@ -498,7 +498,10 @@ impl Writer {
             Ok(()) => {
                 let body = (self.out.len() - start - 8).next_multiple_of(8);
                 self.out.resize(start + 8 + body, 0);
-                let len = u32::try_from(body)
+                // The length of a known record counts its padding, as the stock daemon has it; one that is only passed on keeps
+                // its own, or its reader would take the padding for a part of it.
+                let counted = if let Record::Unknown { body, .. } = r { body.len() } else { body };
+                let len = u32::try_from(counted)
                     .map_err(|_| EncodeError { version: self.format.version, what: "a record of more than 4 GiB" });
                 let len = match len {
                     Ok(n) if self.format.big_endian => n.to_be_bytes(),

@@ -113,6 +113,17 @@ fn record() -> impl Strategy<Value = Record> {
     ]
 }
 
+#[test]
+fn a_record_that_is_only_passed_on_keeps_its_length() {
+    let f = Format { version: 1, big_endian: false };
+    for n in 0..17 {
+        let records = [Record::Unknown { kind: 77, body: vec![7; n] }];
+        let bytes = write_all(f, &records).unwrap();
+        assert_eq!(bytes.len() % 8, 0);
+        assert_eq!(read_all(&bytes).unwrap().1, records);
+    }
+}
+
 proptest! {
     #[test]
     fn what_is_written_is_read(records in proptest::collection::vec(record(), 0..12), big in any::<bool>()) {

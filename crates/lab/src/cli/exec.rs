@@ -79,10 +79,7 @@ fn stream_out(host: &Host, program: Exec) -> Result<u8> {
     let stream = host.open(&Request::Exec(program))?;
     stream.send_all(&[])?;
     loop {
-        let Some(frame) = stream.next(Duration::from_millis(500))? else {
-            host.check()?;
-            continue;
-        };
+        let Some(frame) = stream.next_while(Duration::from_millis(500), || host.check())? else { continue };
         match frame.kind {
             Kind::Data => {
                 let mut out = std::io::stdout().lock();

@@ -39,12 +39,29 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         wait: options.common.wait(),
         time_limit: options.common.time_limit(),
     };
+    if let Some(json) = &options.json {
+        may_write(json)?;
+    }
     let (scenario, report) = run::run(&what)?;
     print!("{}", report.text(&scenario.expect));
     if let Some(json) = &options.json {
         report.write_json(json)?;
     }
     Ok(ExitCode::from(u8::from(!report.passed)))
+}
+
+/// That the report can't be written is said now, not after minutes of work. No file is left of it.
+fn may_write(file: &Path) -> Result<()> {
+    let fresh = !file.exists();
+    std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(file)
+        .with_context(|| format!("--json: write {}", file.display()))?;
+    if fresh {
+        std::fs::remove_file(file).with_context(|| format!("--json: remove {}", file.display()))?;
+    }
+    Ok(())
 }
 
 /// Lists the scenarios of a folder with what they are about; a broken one is said and is an error.

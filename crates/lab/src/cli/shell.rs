@@ -4,7 +4,7 @@ use super::site;
 use anyhow::{Context, Result};
 use clap::Args;
 use lab::host::{Host, Stream};
-use lab::progress;
+use lab::{process, progress};
 use lab_agent::frame::Kind;
 use lab_agent::message::{Exec, Request};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -50,6 +50,10 @@ impl Raw {
             return Ok(Raw(None));
         }
         let before = tcgetattr(stdin).context("ask for the terminal's mode")?;
+        let restored = before.clone();
+        process::at_end(move || {
+            let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &restored);
+        });
         let mut raw = before.clone();
         raw.make_raw();
         tcsetattr(stdin, OptionalActions::Now, &raw).context("set the terminal's mode")?;
@@ -180,7 +184,7 @@ fn listen(session: &mut Session<'_>, shown: bool) -> Result<()> {
     if session.over {
         return Ok(());
     }
-    while let Some(frame) = session.stream.next(Duration::ZERO)? {
+    while let Some(frame) = session.stream.next_while(Duration::ZERO, || session.host.check())? {
         match frame.kind {
             Kind::Data if shown => print(&frame.body)?,
             Kind::Data => {
@@ -195,7 +199,7 @@ fn listen(session: &mut Session<'_>, shown: bool) -> Result<()> {
             _ => {}
         }
     }
-    session.host.check()
+    Ok(())
 }
 
 fn print(bytes: &[u8]) -> Result<()> {

@@ -153,14 +153,28 @@ impl Stream {
         }
     }
 
+    /// As [`Stream::next`], but while none comes `alive` is asked, and fails for it. If the connection breaks, `alive` is asked for a
+    /// little while too: that the host is dead says more, and QEMU's socket closes before QEMU has ended.
+    pub fn next_while(&self, limit: Duration, alive: impl Fn() -> Result<()>) -> Result<Option<Frame>> {
+        let next = self.next(limit);
+        match &next {
+            Ok(Some(_)) => {}
+            Ok(None) => alive()?,
+            Err(_) => {
+                for _ in 0..20 {
+                    alive()?;
+                    std::thread::sleep(LOOK / 5);
+                }
+            }
+        }
+        next
+    }
+
     /// Collects all output until the request is over. `alive` is asked now and then and ends it by failing.
     pub fn collect(&self, alive: impl Fn() -> Result<()>) -> Result<Output> {
         let mut output = Output { done: Done::Ok, stdout: Vec::new(), stderr: Vec::new() };
         loop {
-            let Some(frame) = self.next(LOOK)? else {
-                alive()?;
-                continue;
-            };
+            let Some(frame) = self.next_while(LOOK, &alive)? else { continue };
             match frame.kind {
                 Kind::Data => output.stdout.extend_from_slice(&frame.body),
                 Kind::ErrorData => output.stderr.extend_from_slice(&frame.body),

@@ -149,7 +149,8 @@ impl Network {
     /// `-netdev dgram,id=N,local.type=unix,local.path=<card>,remote.type=unix,remote.path=<ours>`.
     /// `ours` is bound here and removed at the end; `card` is made by QEMU, which may start and end when it likes.
     pub fn add_card(&mut self, name: &str, ours: &Path, card: &Path) -> io::Result<PortId> {
-        let socket = UnixDatagram::bind(ours)?;
+        let socket = UnixDatagram::bind(ours)
+            .map_err(|e| io::Error::new(e.kind(), format!("the socket of {name}'s port, {}: {e}", ours.display())))?;
         self.sockets.push(ours.to_owned());
         socket.set_read_timeout(Some(TICK))?;
         socket.set_write_timeout(Some(TICK))?;
@@ -304,6 +305,20 @@ mod tests {
             assert_eq!(peer.receive(SECOND).unwrap()[14], tag);
         }
         assert!(start.elapsed() >= Duration::from_millis(80));
+    }
+
+    #[test]
+    fn a_port_in_use_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
+        let _other = UnixDatagram::bind(&ours).unwrap();
+        let mut net = Network::start(RunClock::start(), None).unwrap();
+        let error = net.add_card("a", &ours, &theirs).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        let said = error.to_string();
+        assert!(said.contains("of a's port") && said.contains(&ours.display().to_string()), "{said}");
+        drop(net);
+        assert!(ours.exists(), "another's socket is left alone");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What a run is worth telling: as JSON for scripts, as text for people.
 
+mod table;
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,7 +13,7 @@ use serde_json::Value;
 use crate::net::peer::GuestView;
 use crate::net::switch::SwitchReport;
 use crate::scenario::{Expect, Expected, Limits};
-use crate::steps::race::EmulatorRace;
+use crate::steps::race::{EmulatorRace, TripleFault};
 use crate::steps::{Move, StepResult};
 use crate::verdict::{self, Judged, Outcome};
 
@@ -32,6 +34,8 @@ pub struct RunReport {
     pub attempt: u32,
     /// The emulator's race in a host's log, if it was met: host and what stands there.
     pub emulator_races: Vec<(String, EmulatorRace)>,
+    /// Triple faults of guests that are not that race, in the last attempt: host and what stands there.
+    pub triple_faults: Vec<(String, TripleFault)>,
     pub steps: Vec<StepResult>,
     /// Why the run ended before its time.
     pub error: Option<String>,
@@ -57,11 +61,13 @@ pub struct MoveReport {
     pub clock_gap: Option<Duration>,
     /// The guest's domid before and after, as it reads it itself.
     pub domids: (Option<u16>, Option<u16>),
+    /// Each promise, judged by this move alone. Empty for a guest without a witness.
+    pub verdict: Vec<Judged>,
 }
 
 impl MoveReport {
     /// With what the peer saw of the guest.
-    pub fn new(entry: &Move, view: Option<&GuestView>) -> Self {
+    pub fn new(entry: &Move, view: Option<&GuestView>, verdict: Vec<Judged>) -> Self {
         let domid = |look: &Option<crate::net::peer::Received<witness::report::Snapshot>>| {
             look.as_ref().and_then(|s| s.body.identity.domid_store.seen().copied())
         };
@@ -72,6 +78,7 @@ impl MoveReport {
             clock_gap: verdict::clock_gap(entry),
             domids: (domid(&entry.before), domid(&entry.after)),
             entry: entry.clone(),
+            verdict,
         }
     }
 }
@@ -98,6 +105,25 @@ pub fn unexpected(expect: &Expect, guests: &[GuestReport], moves: &[MoveReport])
                 found.push(format!(
                     "guest {}: {:?} is {}, expected {}: {why}",
                     guest.guest,
+                    judged.promise,
+                    outcome_word(judged.outcome),
+                    expected_word(expected)
+                ));
+            }
+        }
+    }
+    for (index, m) in moves.iter().enumerate() {
+        for judged in &m.verdict {
+            let expected = m.entry.expected.get(&judged.promise).copied().unwrap_or_default();
+            if !expected.allows(judged.outcome) {
+                let why = judged.evidence.first().map_or("", String::as_str);
+                found.push(format!(
+                    "move {} ({} of {} from {} to {}): {:?} is {}, expected {}: {why}",
+                    index + 1,
+                    m.entry.how,
+                    m.entry.guest,
+                    m.entry.from,
+                    m.entry.to,
                     judged.promise,
                     outcome_word(judged.outcome),
                     expected_word(expected)
@@ -180,7 +206,11 @@ impl RunReport {
 
     fn write_text(&self, out: &mut String, expect: &Expect) -> std::fmt::Result {
         writeln!(out, "\n{}: {}", self.scenario, self.about)?;
-        for entry in &self.moves {
+        let several = self.moves.len() > 1;
+        if several {
+            table::write(out, &self.moves)?;
+        }
+        for entry in self.moves.iter().filter(|_| !several) {
             let (m, end) = (&entry.entry, if entry.entry.moved { "" } else { " (the guest did not move)" });
             writeln!(out, "\n  {} of {} from {} to {}{end}", m.how, m.guest, m.from, m.to)?;
             writeln!(out, "    total time              {}", maybe(entry.total))?;
@@ -216,6 +246,10 @@ impl RunReport {
             for absent in &guest.absent {
                 writeln!(out, "    not looked at: {absent}")?;
             }
+            // With several moves the table has said it.
+            if several {
+                continue;
+            }
             writeln!(out, "\n  promise                                   outcome         expected")?;
             for judged in &guest.verdict {
                 let expected = expect.of(judged.promise);
@@ -240,6 +274,12 @@ impl RunReport {
                 "\n  emulator race on {host}: {} (RIP {:#x}, RSP {:#x} are Xen's)",
                 race.line, race.rip, race.rsp
             )?;
+        }
+        for (host, fault) in &self.triple_faults {
+            writeln!(out, "\n  triple fault on {host} that is not the emulator's known race: {}", fault.line)?;
+            for line in &fault.dump {
+                writeln!(out, "    | {line}")?;
+            }
         }
         if let Some(error) = &self.error {
             writeln!(out, "\n  {error}")?;
@@ -310,6 +350,20 @@ mod tests {
         let found = unexpected(&fails, &[guest(Outcome::Pass, 0)], &[]);
         assert_eq!(found, ["guest g: T1 is pass, expected fail: domid was 1, is 4"]);
         assert!(unexpected(&expect(""), &[guest(Outcome::Fail, 0)], &[]).is_empty());
+    }
+
+    #[test]
+    fn a_move_that_comes_out_otherwise_than_its_step_expects_is_said() {
+        let of = |outcome, expected| {
+            let entry =
+                Move { expected: [(Promise::T1, expected)].into(), ..table::tests::a_move("xl migrate", "a", "b") };
+            let judged = Judged { promise: Promise::T1, outcome, evidence: vec!["why".to_owned()] };
+            unexpected(&expect(""), &[], &[MoveReport::new(&entry, None, vec![judged])])
+        };
+        assert!(of(Outcome::Fail, Expected::Fail).is_empty());
+        assert!(of(Outcome::Fail, Expected::Any).is_empty());
+        let said = "move 1 (xl migrate of g from a to b): T1 is pass, expected fail: why";
+        assert_eq!(of(Outcome::Pass, Expected::Fail), [said]);
     }
 
     #[test]

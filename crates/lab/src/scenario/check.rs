@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use toml::Spanned;
 
-use super::{Scenario, Step};
+use super::{Inspect, Scenario, Step, Wait};
 
 pub(super) struct Misfit {
     pub span: Range<usize>,
@@ -85,6 +85,12 @@ fn check_guests(scenario: &Scenario, disks: &Names<'_>) -> Checked {
         if guest.vcpus == 0 {
             return misfit(&guest.name, "vcpus: a guest needs at least one".to_owned());
         }
+        if let Some(init) = &guest.init
+            && (guest.witness || guest.ramdisk.is_some())
+        {
+            let message = "init: it takes the witness's place and is in a ramdisk of the lab's: set witness = false, and no ramdisk";
+            return misfit(init, message.to_owned());
+        }
         if let Err((span, message)) = guest.workload.settings() {
             return Err(Misfit { span, message });
         }
@@ -112,10 +118,10 @@ fn check_steps(scenario: &Scenario, hosts: &Names<'_>, guests: &Names<'_>) -> Ch
                 guests.has("guest", &s.guest)?;
                 hosts.has("on", &s.on)?;
             }
-            Step::Wait(s) => {
-                guests.has("guest", &s.guest)?;
-                if scenario.guest(s.guest.get_ref()).is_some_and(|g| !g.witness) {
-                    return misfit(&s.guest, "guest: it has no witness, so no report ever comes".to_owned());
+            Step::Wait(Wait { guest, .. }) | Step::Inspect(Inspect { guest, .. }) => {
+                guests.has("guest", guest)?;
+                if scenario.guest(guest.get_ref()).is_some_and(|g| !g.witness) {
+                    return misfit(guest, "guest: it has no witness, so no report ever comes".to_owned());
                 }
             }
             Step::Sleep(_) | Step::ExpectVerdict(_) => {}

@@ -120,6 +120,8 @@ pub struct Guest {
     pub kernel: Option<PathBuf>,
     /// A file beside the scenario or an absolute path; the witness if absent.
     pub ramdisk: Option<PathBuf>,
+    /// A static program of this project that is the guest's init instead of the witness.
+    pub init: Option<Spanned<String>>,
     /// Added to the kernel's command line.
     #[serde(default)]
     pub command_line: String,
@@ -270,6 +272,8 @@ pub enum Step {
     Put(Put),
     /// Copy a file out of a dom0 into the run's folder.
     Get(Get),
+    /// Hold what `ferry inspect` tells of a guest against its witness and stock tools.
+    Inspect(Inspect),
     /// Compare the verdict so far.
     ExpectVerdict(BTreeMap<Promise, Expected>),
 }
@@ -280,6 +284,9 @@ pub enum Step {
 pub struct Create {
     pub guest: Spanned<String>,
     pub on: Spanned<String>,
+    /// It does not run yet; an `exec` step unpauses it.
+    #[serde(default)]
+    pub paused: bool,
     #[serde(default = "defaults::limit")]
     pub limit: Span,
 }
@@ -376,6 +383,9 @@ pub struct Migrate {
     pub end: MigrateEnd,
     /// A text that the tool's output must hold.
     pub expect: Option<String>,
+    /// What must come out of each promise when this move is judged by itself.
+    #[serde(default)]
+    pub verdict: BTreeMap<Promise, Expected>,
     #[serde(default = "defaults::migrate_limit")]
     pub limit: Span,
     /// Go on with the next step meanwhile; a `join` step waits for this name.
@@ -506,6 +516,16 @@ pub struct Get {
     pub to: String,
 }
 
+/// `ferry inspect`, compared.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Inspect {
+    pub guest: Spanned<String>,
+    /// The guest may be held for less than this.
+    #[serde(default = "defaults::pause_limit")]
+    pub pause_limit: Span,
+}
+
 /// What must hold after the steps.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -576,6 +596,9 @@ mod defaults {
     pub fn limit() -> Span {
         Span(Duration::from_secs(90))
     }
+    pub fn pause_limit() -> Span {
+        Span(Duration::from_millis(50))
+    }
     pub fn migrate_limit() -> Span {
         Span(Duration::from_secs(180))
     }
@@ -585,8 +608,9 @@ mod defaults {
     pub fn dom0_memory() -> Size {
         Size::mib(1024)
     }
+    /// One: two hosts of two processors each take each other's turns on a machine of two, and whoever holds a lock of Xen's waits for it.
     pub fn host_vcpus() -> u32 {
-        2
+        1
     }
     pub fn disk_size() -> Size {
         Size::mib(64)
@@ -693,6 +717,7 @@ impl Step {
             Step::KillHost(_) => "kill-host",
             Step::Put(_) => "put",
             Step::Get(_) => "get",
+            Step::Inspect(_) => "inspect",
             Step::ExpectVerdict(_) => "expect-verdict",
         }
     }

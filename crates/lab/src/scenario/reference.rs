@@ -62,6 +62,19 @@ fn the_page_has_every_key_and_no_other() {
 }
 
 #[test]
+fn the_readmes_example_is_read() {
+    let readme = include_str!("../../../../README.md");
+    let example: String = readme
+        .lines()
+        .skip_while(|line| !line.starts_with("    about ="))
+        .take_while(|line| line.is_empty() || line.starts_with("    "))
+        .map(|line| format!("{}\n", line.trim()))
+        .collect();
+    let scenario = Scenario::parse(Path::new("README.md"), &example).unwrap();
+    assert!(scenario.steps.len() > 3, "{example}");
+}
+
+#[test]
 fn the_pages_example_and_the_shipped_scenarios_are_read() {
     let example: String = PAGE.lines().filter_map(|line| line.strip_prefix("    ")).map(|l| format!("{l}\n")).collect();
     let scenario = Scenario::parse(Path::new("docs/scenario.md"), &example).unwrap();

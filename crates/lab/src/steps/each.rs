@@ -4,13 +4,15 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use hypervisor::inspect::GuestState;
 
 use super::host::{End, Ran};
 use super::plan::{self, DOM0_FOLDER, GuestFiles, shell_word};
 use super::reach::type_text;
 use super::{Executor, Pending, ferryd};
+use crate::inspection::{self, Witnesses};
 use crate::progress;
-use crate::scenario::{Console, Migrate, MigrateEnd, MigrateTool, Step};
+use crate::scenario::{Console, Inspect, Migrate, MigrateEnd, MigrateTool, Step};
 
 /// How long a look at a log or at a domid may take.
 pub(super) const SHORT: Duration = Duration::from_secs(20);
@@ -58,6 +60,7 @@ pub(super) fn describe(executor: &Executor<'_>, step: &Step) -> String {
         Step::KillHost(s) => format!("switch host {} off", s.host.get_ref()),
         Step::Put(s) => format!("put {} on {} as {}", s.from.display(), s.on.get_ref(), s.to),
         Step::Get(s) => format!("get {} from {} as {}", s.from, s.on.get_ref(), s.to),
+        Step::Inspect(s) => format!("ferry inspect {}, compared with the guest and stock tools", s.guest.get_ref()),
         Step::ExpectVerdict(_) => "compare the verdict so far".to_owned(),
     }
 }
@@ -72,7 +75,7 @@ fn tool_name(tool: MigrateTool) -> &'static str {
 impl Executor<'_> {
     pub(super) fn carry_out(&mut self, number: usize, what: &str, step: Step) -> Result<()> {
         match &step {
-            Step::Create(s) => self.create(s.guest.get_ref(), s.on.get_ref(), s.limit.0),
+            Step::Create(s) => self.create(s.guest.get_ref(), s.on.get_ref(), s.paused, s.limit.0),
             Step::Wait(s) => {
                 let guest = s.guest.get_ref();
                 if let Err(error) = self.wait_beats(guest, s.reports, s.limit.0) {
@@ -156,6 +159,7 @@ impl Executor<'_> {
                 let to = self.lab.folder.join(&s.to);
                 std::fs::write(&to, bytes).with_context(|| format!("write {}", to.display()))
             }
+            Step::Inspect(s) => self.inspect(s),
             Step::ExpectVerdict(_) => bail!("the verdict is compared elsewhere"),
         }
     }
@@ -196,7 +200,7 @@ impl Executor<'_> {
         self.must(&host.shell(&ferryd::start(faults, respawn), SHORT * 2)?, "start ferryd", on, None)
     }
 
-    fn create(&mut self, guest: &str, on: &str, limit: Duration) -> Result<()> {
+    fn create(&mut self, guest: &str, on: &str, paused: bool, limit: Duration) -> Result<()> {
         let Some((index, entry)) = self.lab.scenario.guests.iter().enumerate().find(|(_, g)| g.name.get_ref() == guest)
         else {
             bail!("there is no guest {guest}");
@@ -222,11 +226,60 @@ impl Executor<'_> {
         if !entry.vifs.is_empty() {
             self.lab.peer.begin(guest);
         }
-        let ran = host.shell(&format!("xl create {}", shell_word(&files.config)), limit)?;
+        let paused = if paused { "-p " } else { "" };
+        let ran = host.shell(&format!("xl create {paused}{}", shell_word(&files.config)), limit)?;
         self.must(&ran, "xl create", on, Some(guest))?;
         let record = self.record(guest);
         record.on = Some(on.to_owned());
         record.created = true;
+        Ok(())
+    }
+
+    /// Asks `ferry inspect`, the guest and stock tools, and compares. A guest whose ports change meanwhile is asked again.
+    fn inspect(&mut self, step: &Inspect) -> Result<()> {
+        let guest = step.guest.get_ref();
+        let host = self.host_of(guest)?;
+        let word = shell_word(guest);
+        let ask = |me: &Self, what: &str, script: &str| -> Result<String> {
+            let ran = host.shell(script, SHORT)?;
+            me.must(&ran, what, host.name(), Some(guest))?;
+            Ok(ran.stdout)
+        };
+        for last in [false, false, true] {
+            let before = self.snapshot(guest)?.body;
+            let text = ask(self, "ferry inspect", &format!("ferry inspect {word} --json"))?;
+            let state: GuestState = serde_json::from_str(&text).context("read what `ferry inspect --json` wrote")?;
+            let lsevtchn = ask(self, "lsevtchn", &format!("/usr/lib/xen-*/bin/lsevtchn {}", state.domain.domid))?;
+            // Before the key, whose output may push the vectors out of Xen's log, and after it.
+            let mut dmesg = ask(self, "xl dmesg", "xl dmesg")?;
+            dmesg.push_str(&ask(self, "xl debug-keys e", "xl debug-keys e && xl dmesg")?);
+            let console = ask(self, "read the console", &format!("cat /var/log/xen/console/guest-{guest}.log"))?;
+            let after = self.snapshot(guest)?.body;
+            let others =
+                Witnesses { before: &before, after: &after, console: &console, lsevtchn: &lsevtchn, dmesg: &dmesg };
+            if !others.settled() && !last {
+                continue;
+            }
+            let file = self.lab.folder.join(format!("inspect-{guest}.json"));
+            std::fs::write(&file, &text).with_context(|| format!("write {}", file.display()))?;
+            let timing = &state.timing;
+            let parts: Vec<String> =
+                timing.parts_us.iter().map(|(part, us)| format!("{part} {:.1} ms", *us as f64 / 1e3)).collect();
+            let paused = Duration::from_micros(timing.paused_us);
+            progress::say(format!(
+                "ferry inspect {guest}: held for {:.1} ms: {}",
+                paused.as_secs_f64() * 1e3,
+                parts.join(", ")
+            ));
+            let mut odds = inspection::disagreements(&state, &others);
+            if timing.paused_us == 0 || paused >= step.pause_limit.0 {
+                odds.push(format!("the guest was held for {paused:?}; the limit is {:?}", step.pause_limit.0));
+            }
+            if !odds.is_empty() {
+                bail!("ferry inspect {guest} (kept in {}):\n    {}", file.display(), odds.join("\n    "));
+            }
+            return Ok(());
+        }
         Ok(())
     }
 
@@ -265,6 +318,9 @@ impl Executor<'_> {
             MigrateTool::Ferry => format!("ferry migrate {options} {word} {addr}"),
         };
         let moving = self.begin_move(guest, tool_name(how.tool), to)?;
+        if let Some(entry) = self.moves.get_mut(moving) {
+            entry.expected = how.verdict.clone();
+        }
         if let Some(name) = &how.background {
             return self.start(number, what, step, name.get_ref(), from.name(), &script, how.limit.0, Some(moving));
         }

@@ -91,8 +91,7 @@ impl LabHost for Host {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         loop {
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-            let Some(frame) = stream.next(Duration::from_millis(200))? else {
-                self.check()?;
+            let Some(frame) = stream.next_while(Duration::from_millis(200), || self.check())? else {
                 if Instant::now() > end {
                     return Ok(Ran { end: End::TimedOut, stdout: text(&stdout), stderr: text(&stderr) });
                 }

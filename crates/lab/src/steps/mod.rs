@@ -27,7 +27,8 @@ use crate::net::peer::{Peer, Received};
 use crate::net::ports::Network;
 use crate::net::switch::PortId;
 use crate::progress;
-use crate::scenario::{Scenario, Step};
+use crate::scenario::{Expected, Scenario, Step};
+use crate::verdict::Promise;
 
 /// What the steps work on.
 #[derive(Clone, Copy)]
@@ -89,6 +90,9 @@ pub struct Move {
     pub window: Option<Window>,
     /// What the tool wrote.
     pub output: String,
+    /// What the scenario expects of this move alone.
+    #[serde(skip)]
+    pub expected: BTreeMap<Promise, Expected>,
     /// The counters of the peer when it began.
     #[serde(skip)]
     pub at_start: PeerMark,
@@ -305,6 +309,7 @@ impl<'a> Executor<'a> {
             moved: false,
             window: before.as_ref().map(|b| Window { from_ns: b.mono_ns, to_ns: b.mono_ns }),
             output: String::new(),
+            expected: BTreeMap::new(),
             at_start: self.mark(guest),
             before,
             after: None,

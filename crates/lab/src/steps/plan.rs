@@ -99,12 +99,17 @@ impl GuestFiles {
         let of = |own: bool, kind: &str| {
             if own { format!("{DOM0_FOLDER}/{name}.{kind}") } else { format!("{DOM0_FOLDER}/{kind}") }
         };
-        Self {
-            kernel: of(guest.kernel.is_some(), "kernel"),
-            ramdisk: of(guest.ramdisk.is_some(), "ramdisk"),
-            config: format!("{DOM0_FOLDER}/{name}.cfg"),
-        }
+        let ramdisk = match &guest.init {
+            Some(init) => init_ramdisk(init.get_ref()),
+            None => of(guest.ramdisk.is_some(), "ramdisk"),
+        };
+        Self { kernel: of(guest.kernel.is_some(), "kernel"), ramdisk, config: format!("{DOM0_FOLDER}/{name}.cfg") }
     }
+}
+
+/// Where the ramdisk with another init than the witness is in each dom0.
+pub fn init_ramdisk(init: &str) -> String {
+    format!("{DOM0_FOLDER}/{init}.ramdisk")
 }
 
 /// Text in double quotes as `xl` reads it.

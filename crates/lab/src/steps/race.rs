@@ -1,5 +1,5 @@
 //! One known fault of the emulator, recognised by its exact signature, so that a run that it spoiled may be repeated,
-//! and only such a run.
+//! and only such a run. Any other triple fault is shown with its dump, for a person to judge.
 //!
 //! Under load QEMU 7.2's emulation of SVM now and then enters a guest with the hypervisor's own state. Xen then reports a
 //! "Triple fault" of the guest and dumps its registers, and in the dump, whose context is the guest, stand the
@@ -14,6 +14,8 @@ const XEN_TEXT: std::ops::Range<u64> = 0xffff_82d0_4000_0000..0xffff_82d0_8000_0
 const XEN_DIRECTMAP: std::ops::Range<u64> = 0xffff_8300_0000_0000..0xffff_8800_0000_0000;
 /// Lines after "Triple fault" that its dump may take.
 const DUMP_LINES: usize = 40;
+/// Triple faults of one host that are kept.
+const MOST: usize = 4;
 
 /// The emulator's fault, as it stands in Xen's log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -35,22 +37,57 @@ fn after<'a>(line: &'a str, mark: &str) -> Option<&'a str> {
     line.find(mark).and_then(|at| line.get(at + mark.len()..))
 }
 
+/// A guest's triple fault that has another signature: its own, or a fault of somebody's that is not known yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TripleFault {
+    /// The line with "Triple fault".
+    pub line: String,
+    /// Xen's dump of the guest's registers, which follows it.
+    pub dump: Vec<String>,
+}
+
+/// All "Triple fault" lines of Xen's log, each with the lines that may be its dump: up to the next such line.
+fn faults(log: &str) -> impl Iterator<Item = (&str, Vec<&str>)> {
+    let mut lines = log.lines().peekable();
+    std::iter::from_fn(move || {
+        let line = lines.find(|line| line.contains("Triple fault"))?;
+        let mut dump = Vec::new();
+        while dump.len() < DUMP_LINES
+            && let Some(next) = lines.next_if(|next| !next.contains("Triple fault"))
+        {
+            dump.push(next);
+        }
+        Some((line, dump))
+    })
+}
+
+fn emulators((line, dump): &(&str, Vec<&str>)) -> Option<EmulatorRace> {
+    let rip = dump.iter().find_map(|l| after(l, "RIP:").and_then(|l| after(l, ":[<")).and_then(hex))?;
+    let guest = dump.iter().any(|l| l.contains("CONTEXT: hvm guest"));
+    let rsp = dump.iter().find_map(|l| after(l, "rsp: ").and_then(hex))?;
+    (guest && XEN_TEXT.contains(&rip) && XEN_DIRECTMAP.contains(&rsp)).then(|| EmulatorRace {
+        line: line.trim().to_owned(),
+        rip,
+        rsp,
+    })
+}
+
 /// Looks for the emulator's fault in Xen's log.
 pub fn find(log: &str) -> Option<EmulatorRace> {
-    let lines: Vec<&str> = log.lines().collect();
-    lines.iter().enumerate().filter(|(_, line)| line.contains("Triple fault")).find_map(|(at, line)| {
-        let dump = lines.get(at + 1..)?;
-        // The dump ends where the next event begins.
-        let dump = &dump[..dump.iter().take(DUMP_LINES).take_while(|l| !l.contains("Triple fault")).count()];
-        let rip = dump.iter().find_map(|l| after(l, "RIP:").and_then(|l| after(l, ":[<")).and_then(hex))?;
-        let guest = dump.iter().any(|l| l.contains("CONTEXT: hvm guest"));
-        let rsp = dump.iter().find_map(|l| after(l, "rsp: ").and_then(hex))?;
-        (guest && XEN_TEXT.contains(&rip) && XEN_DIRECTMAP.contains(&rsp)).then(|| EmulatorRace {
-            line: line.trim().to_owned(),
-            rip,
-            rsp,
+    faults(log).find_map(|fault| emulators(&fault))
+}
+
+/// The first few triple faults that are not the emulator's known one.
+pub fn find_others(log: &str) -> Vec<TripleFault> {
+    let others = faults(log).filter(|fault| emulators(fault).is_none());
+    others
+        .map(|(line, dump)| {
+            // Registers, stack and code stand there as Xen's own lines; what dom0 says meanwhile is left out.
+            let dump = dump.into_iter().filter(|l| l.contains("(XEN)")).map(|l| l.trim().to_owned()).collect();
+            TripleFault { line: line.trim().to_owned(), dump }
         })
-    })
+        .take(MOST)
+        .collect()
 }
 
 #[cfg(test)]
@@ -76,6 +113,20 @@ mod tests {
         let race = find(&log("hvm guest", "ffff82d0402a1b2c", "ffff83007fe4fe98")).unwrap();
         assert_eq!((race.rip, race.rsp), (0xffff_82d0_402a_1b2c, 0xffff_8300_7fe4_fe98));
         assert!(race.line.contains("Triple fault"));
+    }
+
+    #[test]
+    fn another_triple_fault_is_shown_with_its_dump() {
+        let own = log("hvm guest", "ffffffff81a00000", "ffffc90000003e98");
+        let race = log("hvm guest", "ffff82d0402a1b2c", "ffff83007fe4fe98");
+        let found = find_others(&format!("{race}{own}[  1.0] dom0 says something\n"));
+        let [fault] = &found[..] else { panic!("{found:?}") };
+        assert!(fault.line.contains("Triple fault"), "{fault:?}");
+        assert!(fault.dump.iter().any(|l| l.contains("ffffffff81a00000")), "{fault:?}");
+        assert!(!fault.dump.iter().any(|l| l.contains("dom0 says")), "{fault:?}");
+        assert_eq!(find_others(&race), []);
+        assert_eq!(find_others(&own.repeat(9)).len(), MOST);
+        assert!(find(&format!("{own}{race}")).is_some(), "one does not hide the other");
     }
 
     #[test]

@@ -7,11 +7,12 @@ use serde::{Deserialize, Serialize};
 use witness::disk::JournalFault;
 pub use witness::judge::Outcome;
 use witness::judge::{Calm, Evidence, Outside};
-use witness::report::Snapshot;
+use witness::report::{Anomaly, Snapshot};
 
 use crate::net::peer::{GuestView, Received};
 use crate::net::switch::SwitchReport;
-use crate::steps::{GuestRecord, Move};
+use crate::steps::copies::Copies;
+use crate::steps::{GuestRecord, Move, PeerMark};
 
 /// A promise of the design. The tests name them by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -111,44 +112,104 @@ const AFTERMATH: Duration = Duration::from_secs(3);
 
 /// One stretch of the run, from one look at the guest to another.
 struct Leg<'a> {
-    title: String,
     before: &'a Received<Snapshot>,
     after: &'a Received<Snapshot>,
     entry: Option<&'a Move>,
+    /// What the peer had counted when the next move began, or at the run's end.
+    end: PeerMark,
 }
 
-/// Judges one guest.
+/// The part of the run's time line that counts to one judgement.
+#[derive(Clone, Copy)]
+struct Stretch {
+    from: Duration,
+    /// `None`: to the run's end.
+    until: Option<Duration>,
+}
+
+impl Stretch {
+    /// The whole run.
+    const RUN: Stretch = Stretch { from: Duration::ZERO, until: None };
+
+    fn holds(&self, at: Duration) -> bool {
+        at >= self.from && self.until.is_none_or(|until| at < until)
+    }
+}
+
+fn nothing_yet() -> Vec<Judged> {
+    let judged = |promise| Judged { promise, outcome: Outcome::NotExercised, evidence: Vec::new() };
+    Promise::ALL.into_iter().map(judged).collect()
+}
+
+/// Judges one guest by the whole run.
 pub fn judge(seen: &Seen<'_>) -> Vec<Judged> {
-    let mut judged: Vec<Judged> = Promise::ALL
-        .into_iter()
-        .map(|promise| Judged { promise, outcome: Outcome::NotExercised, evidence: Vec::new() })
-        .collect();
-    let (legs, silent) = legs(seen);
-    let calm = calm(seen);
-    for leg in &legs {
-        let anomalies: Vec<_> = seen.view.anomalies.iter().map(|a| a.body.clone()).collect();
-        // Each leg is judged by what was noticed until its end.
-        let anomalies: Vec<_> = anomalies.into_iter().filter(|a| a.mono_ns <= leg.after.mono_ns).collect();
-        let evidence = Evidence {
-            before: &leg.before.body,
-            after: &leg.after.body,
-            anomalies: &anomalies,
-            window: leg.entry.and_then(|m| m.window),
-            outside: outside(seen, leg),
-            calm,
-        };
-        for verdict in witness::judge::judge(&evidence) {
-            let evidence = verdict.evidence.into_iter().map(|text| format!("{}{text}", leg.title));
-            add(&mut judged, verdict.promise.into(), verdict.outcome, evidence.collect());
+    let mut judged = nothing_yet();
+    if seen.moves.is_empty() {
+        match (&seen.record.first, seen.last) {
+            (Some(before), Some(after)) if before.at < after.at => {
+                let leg = Leg { before, after, entry: None, end: mark(seen.view) };
+                add_leg(&mut judged, seen, "", &leg);
+            }
+            _ => add_silent(&mut judged, "the guest was not looked at twice"),
         }
     }
-    for text in silent {
-        for promise in [Promise::T9, Promise::T10] {
-            add(&mut judged, promise, Outcome::Fail, vec![text.clone()]);
-        }
+    for index in 0..seen.moves.len() {
+        let title = if seen.moves.len() > 1 { format!("move {}: ", index + 1) } else { String::new() };
+        add_move(&mut judged, seen, &title, index);
     }
-    add_outside(&mut judged, seen);
+    add_outside(&mut judged, seen, Stretch::RUN);
     judged
+}
+
+/// Judges one of a guest's moves by itself, from the look before it to the look before the next one. What can't be told apart by time
+/// counts to each: damaged packets, a fresh start, the journal on the disk.
+pub fn judge_move(seen: &Seen<'_>, index: usize) -> Vec<Judged> {
+    let mut judged = nothing_yet();
+    add_move(&mut judged, seen, "", index);
+    let began = |index: usize| seen.moves.get(index).map(|m| m.began);
+    add_outside(&mut judged, seen, Stretch { from: began(index).unwrap_or_default(), until: began(index + 1) });
+    judged
+}
+
+fn mark(view: &GuestView) -> PeerMark {
+    PeerMark { tcp_accepted: view.tcp_accepted, tcp_broken: view.tcp_broken }
+}
+
+fn add_move(judged: &mut [Judged], seen: &Seen<'_>, title: &str, index: usize) {
+    let Some(entry) = seen.moves.get(index) else { return };
+    let end = seen.moves.get(index + 1).map_or_else(|| mark(seen.view), |next| next.at_start);
+    match (&entry.before, &entry.after) {
+        (Some(before), Some(after)) => {
+            add_leg(judged, seen, title, &Leg { before, after, entry: Some(entry), end });
+        }
+        (None, _) => add_silent(judged, &format!("{title}the guest was not looked at before {}", entry.how)),
+        (_, None) => add_silent(judged, &format!("{title}the guest has not reported since {}", entry.how)),
+    }
+}
+
+fn add_leg(judged: &mut [Judged], seen: &Seen<'_>, title: &str, leg: &Leg<'_>) {
+    // Each leg is judged by what was noticed until its end.
+    let until_then = |a: &&Received<Anomaly>| a.body.mono_ns <= leg.after.mono_ns;
+    let anomalies: Vec<Anomaly> = seen.view.anomalies.iter().filter(until_then).map(|a| a.body.clone()).collect();
+    let evidence = Evidence {
+        before: &leg.before.body,
+        after: &leg.after.body,
+        anomalies: &anomalies,
+        window: leg.entry.and_then(|m| m.window),
+        outside: outside(seen, leg),
+        calm: calm(seen),
+    };
+    for verdict in witness::judge::judge(&evidence) {
+        let evidence = verdict.evidence.into_iter().map(|text| format!("{title}{text}"));
+        add(judged, verdict.promise.into(), verdict.outcome, evidence.collect());
+    }
+}
+
+/// A guest that does not report any more.
+fn add_silent(judged: &mut [Judged], text: &str) {
+    for promise in [Promise::T9, Promise::T10] {
+        add(judged, promise, Outcome::Fail, vec![text.to_owned()]);
+    }
 }
 
 /// A failure stays, whatever else passes.
@@ -165,27 +226,6 @@ fn add(judged: &mut [Judged], promise: Promise, outcome: Outcome, evidence: Vec<
             entry.evidence.extend(evidence);
         }
     }
-}
-
-fn legs<'a>(seen: &Seen<'a>) -> (Vec<Leg<'a>>, Vec<String>) {
-    let (mut legs, mut silent) = (Vec::new(), Vec::new());
-    if seen.moves.is_empty() {
-        match (&seen.record.first, seen.last) {
-            (Some(before), Some(after)) if before.at < after.at => {
-                legs.push(Leg { title: String::new(), before, after, entry: None });
-            }
-            _ => silent.push("the guest was not looked at twice".to_owned()),
-        }
-    }
-    for (index, entry) in seen.moves.iter().enumerate() {
-        let title = if seen.moves.len() > 1 { format!("move {}: ", index + 1) } else { String::new() };
-        match (&entry.before, entry.after.as_ref()) {
-            (Some(before), Some(after)) => legs.push(Leg { title, before, after, entry: Some(entry) }),
-            (None, _) => silent.push(format!("{title}the guest was not looked at before {}", entry.how)),
-            (_, None) => silent.push(format!("{title}the guest has not reported since {}", entry.how)),
-        }
-    }
-    (legs, silent)
 }
 
 /// The allowance for what emulation alone does: from the quiet time before the first move.
@@ -237,15 +277,15 @@ fn outside(seen: &Seen<'_>, leg: &Leg<'_>) -> Outside {
     });
     Outside {
         blackout_ns: leg.entry.and_then(|m| udp_silence(view, m)).map(nanos),
-        tcp_alive: Some(view.tcp_accepted == accepted && view.tcp_broken == broken),
+        tcp_alive: Some((leg.end.tcp_accepted, leg.end.tcp_broken) == (accepted, broken)),
         receive_only_sent_after: sent,
         receive_only_got_after: got.filter(|_| sent.is_some()),
         journal: seen.journal.clone(),
     }
 }
 
-/// What switch and peer saw, which no guest can.
-fn add_outside(judged: &mut [Judged], seen: &Seen<'_>) {
+/// What switch and peer saw in a stretch of the run, which no guest can.
+fn add_outside(judged: &mut [Judged], seen: &Seen<'_>, stretch: Stretch) {
     let view = seen.view;
     if view.restarts > 0 {
         let text = format!("the guest was started anew {} times", view.restarts);
@@ -264,7 +304,8 @@ fn add_outside(judged: &mut [Judged], seen: &Seen<'_>) {
     }
     let mut broken = Vec::new();
     let mut looked = Vec::new();
-    for double in seen.switch.double_senders.iter().filter(|d| d.owner == seen.guest) {
+    let doubles = seen.switch.double_senders.iter().filter(|d| d.owner == seen.guest && stretch.holds(d.heard_again));
+    for double in doubles {
         let port = |id: crate::net::switch::PortId| seen.switch.ports.get(id.0).map_or("?", |p| &p.name);
         broken.push(format!(
             "{} was heard on {} again at {:.3} s, after it had moved to {} (last heard there at {:.3} s), in {}",
@@ -282,7 +323,8 @@ fn add_outside(judged: &mut [Judged], seen: &Seen<'_>) {
             view.udp_stream.counts.conflicting
         ));
     }
-    for copies in &seen.record.copies {
+    let looks: Vec<&Copies> = seen.record.copies.iter().filter(|copies| stretch.holds(copies.at)).collect();
+    for copies in &looks {
         let running = copies.running().len();
         let into = if running > 1 { &mut broken } else { &mut looked };
         into.push(copies.describe());
@@ -296,7 +338,7 @@ fn add_outside(judged: &mut [Judged], seen: &Seen<'_>) {
     if !broken.is_empty() {
         broken.extend(looked);
         add(judged, Promise::S1, Outcome::Fail, broken);
-    } else if !seen.record.copies.is_empty() {
+    } else if !looks.is_empty() {
         add(judged, Promise::S1, Outcome::Pass, looked);
     }
 }

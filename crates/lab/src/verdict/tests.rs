@@ -41,6 +41,7 @@ fn a_move(domid_after: u16) -> Move {
         bytes: 1,
         window: Some(witness::judge::Window { from_ns: nanos(s(20)), to_ns: nanos(s(26)) }),
         output: String::new(),
+        expected: Default::default(),
         at_start: Default::default(),
         before: Some(look(19, 1)),
         after: Some(look(40, domid_after)),
@@ -90,6 +91,31 @@ fn the_guests_own_findings_count_for_each_move() {
     assert_eq!(failed.outcome, Outcome::Fail);
     assert!(failed.evidence[0].contains("move 2: domid"), "{:?}", failed.evidence);
     assert_eq!(is(&[a_move(4), a_move(1)]).outcome, Outcome::Fail, "a later pass heals nothing");
+}
+
+#[test]
+fn each_move_can_be_judged_by_itself() {
+    let at_start = |tcp_accepted| crate::steps::PeerMark { tcp_accepted, tcp_broken: 0 };
+    // The first move is clean. The second gives another domid, breaks the TCP connection and leaves two copies that run.
+    let first = Move { at_start: at_start(1), ..a_move(1) };
+    let second = Move { began: s(60), ended: Some(s(65)), at_start: at_start(1), ..a_move(4) };
+    let two = Copies { at: s(70), ..copies(vec![listed("a", 1.5), listed("b", 2.0)]) };
+    let mut record = record();
+    record.copies.push(two);
+    let view = GuestView { tcp_accepted: 2, ..GuestView::default() };
+    let switch = switch();
+    let moves = vec![&first, &second];
+    let seen =
+        Seen { guest: "g", record: &record, moves, view: &view, switch: &switch, journal: Some(vec![]), last: None };
+    let failed = |judged: Vec<Judged>| -> Vec<Promise> {
+        judged.into_iter().filter(|j| j.outcome == Outcome::Fail).map(|j| j.promise).collect()
+    };
+    assert_eq!(failed(judge_move(&seen, 0)), []);
+    let broken = [Promise::T1, Promise::T9, Promise::S1];
+    assert_eq!(failed(judge_move(&seen, 1)), broken);
+    assert_eq!(failed(judge(&seen)), broken);
+    let passed = judge_move(&seen, 0);
+    assert_eq!(passed.iter().find(|j| j.promise == Promise::S1).map(|j| j.outcome), Some(Outcome::Pass));
 }
 
 #[test]

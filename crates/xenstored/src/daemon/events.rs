@@ -134,22 +134,30 @@ impl Daemon {
     /// epoll fails, or the event channel device does.
     pub fn run(mut self) -> anyhow::Result<()> {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(256);
+        // When something that had to wait for time to pass may go on. It is kept from round to round: others may keep the
+        // loop busy all the time.
+        let mut due: Option<u64> = None;
         loop {
             self.store.run_delayed(&mut self.machine);
             self.serve_woken();
             let next = self.store.timers(&mut self.machine);
             self.serve_woken();
-            let wait = if self.machine.ready.is_empty() { next } else { Some(0) };
+            let now = self.machine.now_ms();
+            due = due.into_iter().chain(next.map(|ms| now + ms)).min();
+            let wait = if self.machine.ready.is_empty() { due.map(|d| d.saturating_sub(now)) } else { Some(0) };
             let wait = wait.map(|ms| rustix::event::Timespec {
                 tv_sec: (ms / 1000) as i64,
                 tv_nsec: (ms % 1000 * 1_000_000) as i64,
             });
             events.clear();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), wait.as_ref()) {
-                Ok(0) => self.machine.ready.extend(self.store.connected_domains().map(|d| d.0)),
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
                 Err(e) => bail!("epoll: {e}"),
+            }
+            if due.is_some_and(|d| d <= self.machine.now_ms()) {
+                due = None;
+                self.machine.ready.extend(self.store.connected_domains().map(|d| d.0));
             }
             for e in &events {
                 let flags = e.flags;

@@ -45,7 +45,7 @@ macro_rules! counters {
 counters! {
     up_ms anomalies anomalies_unsent reports_lost
     store_ops store_errors store_max_ms watch_writes watch_events watch_strays tx_committed tx_again tx_failed
-    xen_reads grant_copies grant_bad
+    xen_reads grant_copies grant_bad events_sent events_back events_lost
     clock_reads clock_backwards gap_us gap_at_ms ticks tick_late_us steal_ms
     pages pages_bad regs regs_bad
     journal rewrites rereads disk_bad disk_max_ms

@@ -9,6 +9,8 @@ mod boot;
 mod clock;
 mod context;
 mod counters;
+mod crowd;
+mod events;
 mod kmsg;
 mod look;
 mod memory;
@@ -149,6 +151,12 @@ fn run() -> Result<(), String> {
     }
     let xen = Arc::new(Mutex::new(look::XenSide::open(ctx.config.seed, vcpus as u32)));
     wrong.extend(lock(&xen).absent());
+    wrong.extend(events::start(&ctx).err().map(|e| format!("own event channel: {e}")));
+    // Held until the end of the program.
+    let _crowd = crowd::Crowd::open(ctx.config.ports).unwrap_or_else(|e| {
+        wrong.push(e);
+        None
+    });
     wrong.extend(store::start(&ctx).err());
     let disks = block::start(&ctx).unwrap_or_else(|e| {
         wrong.push(e);

@@ -1,9 +1,8 @@
 //! Drives the hypervisor extension by hand, from dom0: loads it, shows and copies a domain's state, tries wrong requests.
 //!
-//! `cargo build -p xen-host --example extension`, statically linked, then in dom0:
-//! `extension load FILE | unload | info | get DOMID | clock DOMID NS | copy FROM TO | bad PAUSED RUNNING | fuzz DOMID SECONDS SEED | cycle FILE TIMES | time DOMID`
+//! A program for the lab's scenarios (`programs = ["extension-trial"]`); called without arguments, it says what it can do.
 
-use hypervisor::Errno;
+use hypervisor::{Access, DomId, Errno, Gfn, Hypervisor};
 use std::error::Error;
 use std::time::{Duration, Instant};
 use xen_abi::ext::{
@@ -193,10 +192,17 @@ fn show(state: &State) {
     }
 }
 
-/// What a SET makes of a port that was read: an interdomain one comes back unbound; what is in guest memory is not set.
-fn to_set(p: &PortState) -> PortState {
-    let state = if p.state == port_state::INTERDOMAIN { port_state::UNBOUND } else { p.state };
-    PortState { state, flags: p.flags & port_flags::PENDING_EARLY, remote_port: 0, word: 0, ..*p }
+/// What a SET into `to` makes of a port of `from`: an interdomain one comes back unbound, but for a pair within the domain, which goes along;
+/// what is in guest memory is not set.
+fn to_set(p: &PortState, from: u16, to: u16) -> PortState {
+    let flags = p.flags & port_flags::PENDING_EARLY;
+    let remote_domid = if p.remote_domid == from { to } else { p.remote_domid };
+    match p.state {
+        port_state::INTERDOMAIN if p.remote_domid == from => PortState { flags, remote_domid, word: 0, ..*p },
+        port_state::INTERDOMAIN => PortState { state: port_state::UNBOUND, flags, remote_port: 0, word: 0, ..*p },
+        port_state::UNBOUND => PortState { flags, remote_domid, word: 0, ..*p },
+        _ => PortState { flags, word: 0, ..*p },
+    }
 }
 
 /// SETs all that was read from one domain into another, in the order of a restore, and reads it back.
@@ -228,7 +234,7 @@ fn copy(host: &XenHost, from: u16, to: u16) -> Outcome<()> {
         .ports
         .iter()
         .filter(|p| p.state != port_state::RESERVED && p.flags & port_flags::XEN == 0)
-        .map(to_set)
+        .map(|p| to_set(p, from, to))
         .collect();
     for part in ports.chunks(100) {
         set_list(host, to, op::SET_PORTS, part)?.good("ports")?;
@@ -281,10 +287,10 @@ fn copy(host: &XenHost, from: u16, to: u16) -> Outcome<()> {
         };
         compare(format!("vcpu {}", a.id), format!("{:x?}", plain(a)), format!("{:x?}", plain(b)));
     }
-    let ours = |ports: &[PortState]| -> Vec<PortState> {
-        ports.iter().filter(|p| p.flags & port_flags::XEN == 0).map(|p| PortState { word: 0, ..to_set(p) }).collect()
+    let ours = |ports: &[PortState], of: u16| -> Vec<PortState> {
+        ports.iter().filter(|p| p.flags & port_flags::XEN == 0).map(|p| to_set(p, of, to)).collect()
     };
-    compare("ports".into(), format!("{:?}", ours(&s.ports)), format!("{:?}", ours(&back.ports)));
+    compare("ports".into(), format!("{:?}", ours(&s.ports, from)), format!("{:?}", ours(&back.ports, to)));
     compare("pirqs".into(), format!("{:?}", s.pirqs), format!("{:?}", back.pirqs));
     for line in &differ {
         println!("DIFFER {line}");
@@ -391,8 +397,17 @@ fn bad(host: &XenHost, paused: u16, running: u16) -> Outcome<()> {
         "interdomain port",
         set_list(host, paused, op::SET_PORTS, &[port(free, port_state::INTERDOMAIN)]),
         Errno::EOPNOTSUPP,
-        Fault::PORT_STATE,
+        Fault::PORT_REMOTE,
     );
+    for (what, remote_port, errno) in [
+        ("pair with port 0", 0, Errno::EINVAL),
+        ("pair of a port with itself", free, Errno::EINVAL),
+        ("pair with a port far past the limit", u32::MAX, Errno::EINVAL),
+        ("pair with a port that is taken", taken, Errno::EBUSY),
+    ] {
+        let pair = PortState { remote_domid: paused, remote_port, ..port(free, port_state::INTERDOMAIN) };
+        expect(what, set_list(host, paused, op::SET_PORTS, &[pair]), errno, Fault::PORT_REMOTE);
+    }
     expect(
         "unknown state",
         set_list(host, paused, op::SET_PORTS, &[port(free, 200)]),
@@ -622,8 +637,133 @@ fn fuzz(host: &XenHost, domid: u16, seconds: u64, seed: u64) -> Outcome<()> {
     for ((errno, fault), times) in by_fault {
         println!("  errno {errno:3} {:6} times: {}", times, Fault::describe(fault));
     }
+    // A target that has gone would refuse all of it. Nearly a quarter is usual.
+    if taken * 20 < sent {
+        return Err(format!("of {sent} requests only {taken} were taken: is domain {domid} there?").into());
+    }
     Ok(())
 }
+
+/// SETs on a domain that is dying: it is destroyed while one of its pages is mapped here, so that it cannot go.
+fn dying(host: &XenHost, domid: u16) -> Outcome<()> {
+    let page = host.map_pages(DomId(domid), &[Gfn(0x100)], Access::Read)?;
+    host.destroy(DomId(domid))?;
+    let flags = get_one(host, domid, op::GET_DOMAIN, 0, DomainState::default())?.flags;
+    if flags & domain_flags::DYING == 0 {
+        return Err(format!("domain {domid} is not dying (flags {flags:#x})").into());
+    }
+    let clock = ClockOffset { size: size_of::<ClockOffset>() as u32, version: ext::ABI_VERSION, offset: 5 };
+    let port = PortState { port: 1, state: port_state::IPI, ..PortState::default() };
+    let pirq = PirqState { pirq: 16, ..PirqState::default() };
+    for (what, answer) in [
+        ("clock", set_one(host, domid, op::SET_CLOCK, 0, clock)?),
+        ("domain", set_one(host, domid, op::SET_DOMAIN, 0, DomainState::default())?),
+        ("vCPU", set_one(host, domid, op::SET_VCPU, 0, VcpuState::default())?),
+        ("ports", set_list(host, domid, op::SET_PORTS, &[port])?),
+        ("pirqs", set_list(host, domid, op::SET_PIRQS, &[pirq])?),
+    ] {
+        if answer.errno != Errno::EINVAL.0 || answer.request.fault != Fault::DYING {
+            let fault = Fault::describe(answer.request.fault);
+            return Err(format!("{what} of a dying domain: errno {}, {fault}", answer.errno).into());
+        }
+        println!("ok   {what} of a dying domain");
+    }
+    drop(page);
+    Ok(())
+}
+
+/// Payloads that Xen must refuse: one that is made for another build-id, and one that was cut off. Nothing may be loaded afterwards.
+fn wrong_payloads(host: &XenHost, file: &str) -> Outcome<()> {
+    let good = std::fs::read(file)?;
+    let id = get_one(host, 0, op::INFO, 0, Info::default())?.build_id;
+    host.unload_payload(livepatch::NAME)?;
+    let mut other = good.clone();
+    let places: Vec<usize> = good.windows(id.len()).enumerate().filter(|(_, w)| *w == id).map(|(at, _)| at).collect();
+    for at in &places {
+        if let Some(byte) = other.get_mut(*at) {
+            *byte ^= 1;
+        }
+    }
+    // Two notes bind a payload: to what it is put upon, and to the hypervisor.
+    if places.len() < 2 {
+        return Err(format!("{file} names this Xen's build-id {} times", places.len()).into());
+    }
+    let half = good.get(..good.len() / 2).unwrap_or_default();
+    for (what, payload) in [("another build-id", other.as_slice()), ("cut in half", half)] {
+        match host.load_payload(livepatch::NAME, payload) {
+            Ok(()) => return Err(format!("a payload was loaded: {what}").into()),
+            Err(e) => println!("ok   {what}: {e}"),
+        }
+        if host.extension()?.is_some() {
+            return Err(format!("the extension answers after a payload was refused: {what}").into());
+        }
+    }
+    host.load_payload(livepatch::NAME, &good)?;
+    get_one(host, 0, op::INFO, 0, Info::default())?;
+    println!("ok   the right one is loaded");
+    Ok(())
+}
+
+/// One round of `hypervisor-ext/tests/guest32.c`, as it stands in Xen's log: `(d5) T32 now=… … bad=…`.
+#[derive(Debug, PartialEq, Eq)]
+struct Round {
+    /// The guest's own clock, ns of its system time.
+    now: i64,
+    /// A bit for each time that made no sense to it.
+    bad: u64,
+}
+
+fn parse_rounds(log: &str, domid: u16) -> Outcome<Vec<Round>> {
+    let front = format!("(d{domid}) T32 ");
+    let mut rounds = Vec::new();
+    for line in log.lines().filter_map(|line| line.split_once(front.as_str()).map(|(_, rest)| rest)) {
+        if line.starts_with("FAILED") {
+            return Err(format!("a hypercall of the guest's failed: {line}").into());
+        }
+        let field = |name: &str| {
+            let text = line.split_whitespace().find_map(|word| word.strip_prefix(name));
+            text.and_then(|hex| u64::from_str_radix(hex, 16).ok()).ok_or_else(|| format!("no {name} in {line:?}"))
+        };
+        rounds.push(Round { now: field("now=")?.cast_signed(), bad: field("bad=")? });
+    }
+    Ok(rounds)
+}
+
+/// Reads Xen's log from the standard input: the 32-bit guest made at least so many rounds, its clock is the host's plus its offset, and
+/// hardly any time made no sense to it. Under emulation a few do, with or without an offset; more than one in twenty is a fault.
+fn rounds(host: &XenHost, domid: u16, least: usize) -> Outcome<()> {
+    let rounds = parse_rounds(&std::io::read_to_string(std::io::stdin())?, domid)?;
+    let info = get_one(host, 0, op::INFO, 0, Info::default())?;
+    let offset = get_one(host, domid, op::GET_DOMAIN, 0, DomainState::default())?.clock_offset;
+    let odd: Vec<_> = rounds.iter().filter(|round| round.bad != 0).collect();
+    println!("{} rounds, {} of them odd: {odd:x?}", rounds.len(), odd.len());
+    if rounds.len() < least {
+        return Err(format!("{} rounds, {least} wanted", rounds.len()).into());
+    }
+    if odd.len() * 20 > rounds.len() {
+        return Err(format!("{} of {} rounds were odd", odd.len(), rounds.len()).into());
+    }
+    let last = rounds.last().ok_or("no round at all")?;
+    // A round takes about 2 s, and the log is read after it.
+    let behind = info.now.wrapping_add(offset).wrapping_sub(last.now);
+    println!("offset {offset} ns; the last round began {behind} ns ago");
+    if !(0..20_000_000_000).contains(&behind) {
+        return Err(format!("the guest's clock is {behind} ns behind the host's plus its offset").into());
+    }
+    Ok(())
+}
+
+const USAGE: &str = "extension-trial WHAT
+  load FILE | unload | info        the extension itself
+  cycle FILE TIMES                 load, ask and unload it so many times
+  get DOMID | time DOMID           a domain's state; how long reading it takes
+  clock DOMID NS                   set a paused domain's clock offset
+  copy FROM TO                     write FROM's state into TO, which never ran, read it back and compare
+  bad PAUSED RUNNING               send wrong requests
+  dying DOMID                      destroy it, and send it SETs while it is dying
+  wrong-payloads FILE              upload payloads that must be refused, then FILE
+  fuzz DOMID SECONDS SEED          throw wild requests at a paused domain
+  rounds DOMID LEAST               judge the rounds of guest32 in Xen's log on the standard input";
 
 fn main() -> Outcome<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -666,13 +806,30 @@ fn main() -> Outcome<()> {
             );
         }
         ["clock", domid, ns] => {
-            let clock = ClockOffset { size: size_of::<ClockOffset>() as u32, version: ext::ABI_VERSION, offset: ns.parse()? };
+            let clock =
+                ClockOffset { size: size_of::<ClockOffset>() as u32, version: ext::ABI_VERSION, offset: ns.parse()? };
             set_one(&host, domid.parse()?, op::SET_CLOCK, 0, clock)?.good("clock")?;
         }
         ["copy", from, to] => copy(&host, from.parse()?, to.parse()?)?,
         ["bad", paused, running] => bad(&host, paused.parse()?, running.parse()?)?,
+        ["dying", domid] => dying(&host, domid.parse()?)?,
+        ["wrong-payloads", file] => wrong_payloads(&host, file)?,
+        ["rounds", domid, least] => rounds(&host, domid.parse()?, least.parse()?)?,
         ["fuzz", domid, seconds, seed] => fuzz(&host, domid.parse()?, seconds.parse()?, seed.parse()?)?,
-        _ => return Err("load FILE | unload | info | get DOMID | clock DOMID NS | copy FROM TO | bad PAUSED RUNNING | fuzz DOMID SECONDS SEED | cycle FILE TIMES | time DOMID".into()),
+        _ => return Err(USAGE.into()),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounds_are_read() {
+        let log = "(XEN) x\n(d5) T32 now=ffffffffffffff9c hvm=1 rs=2 poll=3 bad=0\n(d6) T32 now=1 bad=1\n(d5) T32 now=64 bad=c\n";
+        assert_eq!(parse_rounds(log, 5).unwrap(), [Round { now: -100, bad: 0 }, Round { now: 100, bad: 12 }]);
+        assert!(parse_rounds("(d5) T32 FAILED poll 16", 5).is_err());
+        assert!(parse_rounds("(d5) T32 now=1", 5).is_err());
+    }
 }
