@@ -351,3 +351,18 @@ proptest! {
         prop_assert_eq!(context.encode(), blob);
     }
 }
+
+/// The fuzz target begins with a stream of each kind. `WRITE_SEEDS=1` writes ours again after the format has changed.
+#[test]
+fn the_seeds_are_what_is_written_now() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/stream");
+    for (name, bytes) in [("transparent.libxl", support::transparent()), ("ordinary.xl", support::ordinary())] {
+        let file = folder.join(name);
+        if std::env::var_os("WRITE_SEEDS").is_some() {
+            std::fs::write(&file, &bytes).unwrap();
+        }
+        assert!(bytes.len() < 64 << 10, "{name} has {} bytes", bytes.len());
+        let seed = std::fs::read(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        assert!(seed == bytes, "{name} is of another format; WRITE_SEEDS=1 writes it again");
+    }
+}
