@@ -11,7 +11,7 @@ use crate::store::{Options, Store};
 use anyhow::{Context, bail};
 use rustix::event::epoll;
 use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -52,10 +52,13 @@ pub struct Daemon {
     store: Store,
     machine: Machine,
     listener: UnixListener,
-    clients: HashMap<ConnId, Client>,
+    clients: BTreeMap<ConnId, Client>,
     epoll: OwnedFd,
     hangup: UnixStream,
+    /// For what is sent.
     buf: Vec<u8>,
+    /// For what is read from sockets; as long as that may be.
+    read_buf: Vec<u8>,
 }
 
 impl Daemon {
@@ -125,7 +128,16 @@ impl Daemon {
         hangup.set_nonblocking(true)?;
         signal_hook::low_level::pipe::register(libc::SIGHUP, sender)?;
         add(hangup.as_fd(), TOKEN_SIGNAL)?;
-        Ok(Daemon { store, machine, listener, clients: HashMap::new(), epoll, hangup, buf: Vec::new() })
+        Ok(Daemon {
+            store,
+            machine,
+            listener,
+            clients: BTreeMap::new(),
+            epoll,
+            hangup,
+            buf: Vec::new(),
+            read_buf: vec![0; READ_SIZE],
+        })
     }
 
     /// Serves for ever.
@@ -231,8 +243,7 @@ impl Daemon {
     fn client_readable(&mut self, id: ConnId) {
         let Some(c) = self.clients.get_mut(&id) else { return };
         if c.unread.is_empty() {
-            let mut buf = std::mem::take(&mut self.buf);
-            buf.resize(READ_SIZE, 0);
+            let mut buf = std::mem::take(&mut self.read_buf);
             let r = (&c.stream).read(&mut buf);
             let n = match r {
                 Ok(0) => None,
@@ -241,7 +252,7 @@ impl Daemon {
                 Err(_) => None,
             };
             let done = n.map(|n| self.feed(id, &buf[..n]));
-            self.buf = buf;
+            self.read_buf = buf;
             match done {
                 None | Some(Err(())) => return self.drop_client(id),
                 Some(Ok(())) => {}
