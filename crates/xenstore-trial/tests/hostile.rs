@@ -34,9 +34,7 @@ impl Ring for Page<'_> {
         self.page.store_byte(offset, value);
     }
     fn notify(&self) -> Result<(), String> {
-        // A full FIFO stands for a port that is pending already.
-        let _ = self.xen.raise(PORT_BASE + u32::from(HOSTILE));
-        Ok(())
+        self.xen.raise_again(PORT_BASE + u32::from(HOSTILE)).map_err(|e| format!("{e:#}"))
     }
 }
 

@@ -587,7 +587,12 @@ impl Store {
         let hard = i64::from(self.quotas(domid).memory);
         let Some(d) = self.domains.get_mut(&domid) else { return Err(Errno::ENOENT) };
         let new = d.memory + bytes;
+        let mut goes_on = None;
         if limited {
+            // Its requests waited, and nobody may raise its port for that: others may have freed the memory.
+            if hard != 0 && d.memory >= hard && new < hard {
+                goes_on = d.conn;
+            }
             let ignored = d.conn.and_then(|c| self.conns.get(&c)).is_some_and(|c| c.ignored);
             let over = hard != 0 && new >= hard && !ignored;
             if over != d.hard_reported {
@@ -609,6 +614,9 @@ impl Store {
             }
         }
         d.memory = new;
+        if let Some(id) = goes_on {
+            self.wake(id);
+        }
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use crate::store::{Options, Store};
 use anyhow::{Context, bail};
 use rustix::event::epoll;
 use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -95,10 +95,13 @@ pub struct Daemon {
     pub(super) store: Store,
     machine: Machine,
     listener: UnixListener,
-    clients: HashMap<ConnId, Client>,
+    clients: BTreeMap<ConnId, Client>,
     epoll: OwnedFd,
     hangup: Hangup,
+    /// For what is sent.
     buf: Vec<u8>,
+    /// For what is read from sockets; as long as that may be.
+    read_buf: Vec<u8>,
     place: JournalPlace,
     boot: [u8; BOOT_ID],
     /// `None`: there is to be none, or there is no room.
@@ -241,10 +244,11 @@ impl Daemon {
             store,
             machine,
             listener,
-            clients: HashMap::new(),
+            clients: BTreeMap::new(),
             epoll,
             hangup,
             buf: Vec::new(),
+            read_buf: vec![0; READ_SIZE],
             place,
             boot,
             journal: None,
@@ -453,8 +457,7 @@ impl Daemon {
     fn client_readable(&mut self, id: ConnId) {
         let Some(c) = self.clients.get_mut(&id) else { return };
         if c.unread.is_empty() {
-            let mut buf = std::mem::take(&mut self.buf);
-            buf.resize(READ_SIZE, 0);
+            let mut buf = std::mem::take(&mut self.read_buf);
             let r = (&c.stream).read(&mut buf);
             let n = match r {
                 Ok(0) => None,
@@ -463,7 +466,7 @@ impl Daemon {
                 Err(_) => None,
             };
             let done = n.map(|n| self.feed(id, &buf[..n]));
-            self.buf = buf;
+            self.read_buf = buf;
             match done {
                 None | Some(Err(())) => return self.drop_client(id),
                 Some(Ok(())) => {}
