@@ -366,6 +366,15 @@ impl Daemon {
             next = Some(next.map_or(ms, |n| n.min(ms)));
         }
         self.serve_woken();
+        // After the timers were asked: one that waits for its rate has one running, or need not wait any more.
+        for d in std::mem::take(&mut self.machine.stalled) {
+            let Some(id) = self.store.domain_connection(d) else { continue };
+            if self.store.wants(id, self.machine.now_ms()) > 0 {
+                self.machine.ready.insert(d);
+            } else {
+                self.machine.stalled.insert(d);
+            }
+        }
         self.commit(None);
         let now = self.machine.now_ms();
         self.due = self.due.into_iter().chain(next.map(|ms| now + ms)).min();
@@ -672,6 +681,9 @@ impl Daemon {
             }
         }
         if taken == 0 && put == 0 {
+            if ring.has_requests().ok()? {
+                self.machine.stalled.insert(domid);
+            }
             return Some(false);
         }
         self.commit(Some(&RingStep {

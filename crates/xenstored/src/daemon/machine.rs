@@ -25,6 +25,8 @@ pub struct Machine {
     ports: BTreeMap<u32, u16>,
     /// Domains whose rings want a look.
     pub ready: BTreeSet<u16>,
+    /// Domains whose requests wait for something else than their event channel: a rate, a quota.
+    pub stalled: BTreeSet<u16>,
     /// Domains whose rings are to be emptied, once the journal says so.
     resets: BTreeSet<u16>,
     start: Instant,
@@ -38,6 +40,7 @@ impl Machine {
             log,
             ports: BTreeMap::new(),
             ready: BTreeSet::new(),
+            stalled: BTreeSet::new(),
             resets: BTreeSet::new(),
             start: Instant::now(),
         }
@@ -158,6 +161,7 @@ impl Host for Machine {
     fn disconnect(&mut self, domid: u16, local_port: u32) {
         self.ports.remove(&local_port);
         self.ready.remove(&domid);
+        self.stalled.remove(&domid);
         self.resets.remove(&domid);
         if let Some(x) = &mut self.xen {
             x.unbind(local_port);
