@@ -1030,9 +1030,13 @@ impl Run {
     fn destroy(&mut self) -> Result<()> {
         let dom = self.dom();
         match self.host.hypervisor.domain_info(dom) {
-            // The domid may have been given to another guest since, if this is done again after a restart.
             Ok(info) if info.uuid == self.guest.identity.uuid => self.host.hypervisor.destroy(dom)?,
-            Ok(_) => {}
+            // If this is done again after a restart of the host, the number may be another guest's, and so are the nodes and devices
+            // of that number.
+            Ok(info) => {
+                tracing::warn!("{}: its domid is that of {} now; nothing is removed", self.title(), info.uuid);
+                return Ok(());
+            }
             Err(error) if error.is_no_such_domain() => {}
             Err(error) => return Err(error.into()),
         }

@@ -355,3 +355,37 @@ fn one_fault(point: &str, fault: Fault) {
 fn idle(lab: &Lab) -> bool {
     lab.hosts.iter().all(|host| std::fs::read_dir(&host.journals).unwrap().next().is_none())
 }
+
+/// A host that crashed with a record of a migration and was started again may have given the guest's number to another guest, whose
+/// devices and nodes are not to be touched.
+#[test]
+fn another_guest_under_the_same_number_is_left_alone() {
+    let other = Uuid::from_u128(9);
+    // Where the daemon crashes, which host is restarted with it, and who runs the guest in the end.
+    let cases: [(&str, usize, &[&str]); 3] = [
+        ("destination.after.prepare", 1, &["a"]),
+        ("destination.after.journal-accepted", 1, &["a"]),
+        // This one has heard that the destination runs it.
+        ("source.before.destroy", 0, &["b"]),
+    ];
+    for (point, host, runs_on) in cases {
+        let lab = Lab::new();
+        *lab.planted.0.lock().unwrap() = Some((point.into(), Fault::Crash));
+        source::start(&lab.hosts[0], lab.request()).unwrap();
+        wait(point, || lab.planted.0.lock().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(20));
+        lab.xen[host].destroy(DOM).unwrap();
+        lab.xen[host].boot_guest(DOM, other, PROGRAM);
+        lab.toolstacks[host].add(DOM, "other");
+        if host == 0 {
+            lab.restart_source();
+        } else {
+            lab.start_destination();
+        }
+        wait(&format!("{point}: both to end"), || idle(&lab));
+        assert_eq!(lab.runs_on(), runs_on, "{point}");
+        assert_eq!(lab.world.hosts_of(other), [["a", "b"][host]], "{point}");
+        let guest = lab.toolstacks[host].guest(DOM).unwrap_or_default();
+        assert_eq!((guest.name.as_str(), guest.attached), ("other", true), "{point}");
+    }
+}
