@@ -28,6 +28,10 @@ pub fn source(
     if info.dying {
         why.push("it is being destroyed".into());
     }
+    if info.paused && info.shutdown.is_none() {
+        // It would run after the move; and whoever paused it (`xl save`, another migration, a debugger) is not done with it.
+        why.push("it is paused; `xl unpause` it first, unless somebody is at work on it".into());
+    }
     if info.shared_info.is_none() {
         why.push("it has not placed its shared_info: it is still in its boot loader; try again when it runs".into());
     }

@@ -118,6 +118,13 @@ impl SimXen {
         Some((domain.ticks(), memory))
     }
 
+    /// The guest shuts down; its vCPUs stop.
+    pub fn shut_down(&self, dom: DomId, reason: u8) {
+        if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
+            domain.shutdown = Some(reason);
+        }
+    }
+
     /// Lets the guest go on for a while, if it runs.
     pub fn let_run(&self, dom: DomId) {
         if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
@@ -173,7 +180,7 @@ impl SimXen {
             dying: false,
             running: d.pauses == 0,
             blocked: false,
-            shutdown: None,
+            shutdown: d.shutdown,
             total_pages: d.pages.len() as u64,
             max_pages: d.max_mem_kib / 4,
             outstanding_pages: 0,

@@ -23,11 +23,17 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Fires once, at one point.
 #[derive(Default)]
-struct Planted(Mutex<Option<(String, Fault)>>, Mutex<Vec<String>>);
+struct Planted(Mutex<Option<(String, Fault)>>, Mutex<Vec<String>>, Mutex<Option<Hook>>);
+
+/// What happens to a host at one point.
+type Hook = (String, Box<dyn FnOnce() + Send>);
 
 impl Faults for Planted {
     fn at(&self, point: &str) -> Option<Fault> {
         self.1.lock().unwrap().push(point.into());
+        if let Some((_, happen)) = self.2.lock().unwrap().take_if(|(at, _)| at == point) {
+            happen();
+        }
         let mut planted = self.0.lock().unwrap();
         match &*planted {
             Some((at, fault)) if at == point => {
@@ -388,4 +394,25 @@ fn another_guest_under_the_same_number_is_left_alone() {
         let guest = lab.toolstacks[host].guest(DOM).unwrap_or_default();
         assert_eq!((guest.name.as_str(), guest.attached), ("other", true), "{point}");
     }
+}
+
+/// A guest that shuts down while its memory is copied stays: its toolstack will start it anew here.
+#[test]
+fn a_guest_that_shuts_down_meanwhile_stays() {
+    let lab = Lab::new();
+    let xen = lab.xen[0].clone();
+    let hook: Hook = ("source.before.journal-freeze".into(), Box::new(move || xen.shut_down(DOM, 1)));
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    let report = lab.migrate();
+    assert!(!report.moved);
+    assert!(report.error.unwrap().contains("it shut down while its memory was copied (reason 1)"));
+    lab.settled_on(0);
+}
+
+#[test]
+fn a_paused_guest_is_refused() {
+    let lab = Lab::new();
+    lab.xen[0].pause(DOM).unwrap();
+    let error = source::start(&lab.hosts[0], lab.request()).unwrap_err().to_string();
+    assert!(error.contains("it is paused; `xl unpause` it"), "{error}");
 }
