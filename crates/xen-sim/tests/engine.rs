@@ -255,7 +255,10 @@ fn there_and_back_again() {
 #[test]
 fn what_does_not_fit_is_refused_untouched() {
     type Change = fn(&Lab);
-    let cases: [(&str, Change); 5] = [
+    let cases: [(&str, Change); 6] = [
+        ("lacks what the guest was started with: bit 0 of ECX of CPUID leaf 0x1, pclmulqdq", |lab| {
+            lab.xen[1].set_features(0, 0)
+        }),
         ("domid 41 is taken", |lab| lab.xen[1].boot_guest(DOM, Uuid::from_u128(9), PROGRAM)),
         ("free memory", |lab| lab.xen[1].set_free_pages(100)),
         ("extension is not loaded on b", |lab| lab.xen[1].set_extension(false)),
@@ -415,4 +418,16 @@ fn a_paused_guest_is_refused() {
     lab.xen[0].pause(DOM).unwrap();
     let error = source::start(&lab.hosts[0], lab.request()).unwrap_err().to_string();
     assert!(error.contains("it is paused; `xl unpause` it"), "{error}");
+}
+
+/// Xen takes features out of a policy and says nothing.
+#[test]
+fn features_that_xen_takes_out_end_the_migration() {
+    let lab = Lab::new();
+    lab.xen[1].set_features(u32::MAX, !2);
+    let report = lab.migrate();
+    assert!(!report.moved);
+    let error = report.error.unwrap();
+    assert!(error.contains("it lacks pclmulqdq"), "{error}");
+    lab.settled_on(0);
 }
