@@ -1,5 +1,6 @@
 //! `ferryd`: moves guests out on command, takes them in, and ends what a daemon before it began.
 
+use crate::busy::Busy;
 use crate::config::Config;
 use crate::control::{Answer, DryRun, Migrate, Request, Status};
 use crate::exit::Exit;
@@ -33,6 +34,8 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 const SAMPLE: Duration = Duration::from_secs(1);
 /// Connections of other hosts at the same time.
 const MAX_CONNECTIONS: usize = 64;
+/// After a connection that could not be taken: what is short of may be there again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Turns a name or a number into a domid.
 pub type FindDomain = dyn Fn(&str) -> migrate::Result<DomId> + Send + Sync;
@@ -43,6 +46,7 @@ pub struct Daemon {
     find: Box<FindDomain>,
     destinations: Destinations,
     outgoing: Mutex<Vec<Handle>>,
+    busy: Busy,
     learned: Learned,
     /// Held as long as the daemon lives, so that there is only one.
     _lock: File,
@@ -90,6 +94,7 @@ impl Daemon {
             host,
             find,
             outgoing: Mutex::default(),
+            busy: Busy::default(),
             _lock: lock,
         });
         daemon.recover()?;
@@ -154,9 +159,15 @@ impl Daemon {
         std::fs::set_permissions(socket, PermissionsExt::from_mode(0o600))?;
         tracing::info!("ready at {}", socket.display());
         for stream in listener.incoming() {
-            let stream = stream?;
             let daemon = self.clone();
-            std::thread::Builder::new().name("command".into()).spawn(move || daemon.command(stream))?;
+            let taken = stream.and_then(|stream| {
+                std::thread::Builder::new().name("command".into()).spawn(move || daemon.command(stream))
+            });
+            // A moment without descriptors or threads must not end the migrations that are under way.
+            if let Err(error) = taken {
+                tracing::error!("a command was not taken: {error}");
+                std::thread::sleep(ACCEPT_PAUSE);
+            }
         }
         Ok(())
     }
@@ -181,7 +192,10 @@ impl Daemon {
                         tracing::error!("no thread for a connection: {error}");
                     }
                 }
-                Err(error) => tracing::warn!("a connection was not taken: {error}"),
+                Err(error) => {
+                    tracing::warn!("a connection was not taken: {error}");
+                    std::thread::sleep(ACCEPT_PAUSE);
+                }
             }
         }
     }
@@ -247,20 +261,18 @@ impl Daemon {
         }
         let limits = self.limits(request);
         let started = (self.find)(&request.domain).and_then(|domid| {
-            if let Some(other) = self.outgoing().iter().find(|h| h.domid == domid && h.report().is_none()) {
-                return Err(Trouble::new(format!("it is being moved to {} already", other.peer)));
-            }
-            source::start(&self.host, source::Request { domid, peer: request.host.clone(), limits })
+            let _hold = self.busy.hold(domid)?;
+            self.not_moving(domid)?;
+            let handle = source::start(&self.host, source::Request { domid, peer: request.host.clone(), limits })?;
+            let mut outgoing = self.outgoing();
+            outgoing.retain(|h| !h.is_over());
+            outgoing.push(handle.clone());
+            Ok(handle)
         });
         let handle = match started {
             Ok(handle) => handle,
             Err(error) => return out.failed(Exit::Refused, format!("domain {}: {error}", request.domain)),
         };
-        {
-            let mut outgoing = self.outgoing();
-            outgoing.retain(|h| !h.is_over());
-            outgoing.push(handle.clone());
-        }
         let mut told = Instant::now();
         let report = loop {
             if let Some(report) = handle.report() {
@@ -277,6 +289,13 @@ impl Daemon {
         out.report(report)
     }
 
+    fn not_moving(&self, domid: DomId) -> migrate::Result<()> {
+        match self.outgoing().iter().find(|h| h.domid == domid && h.report().is_none()) {
+            Some(other) => Err(Trouble::new(format!("it is being moved to {} already", other.peer))),
+            None => Ok(()),
+        }
+    }
+
     fn dry_run(&self, request: &Migrate, out: &mut Answers) -> Result<()> {
         if let Err(why) = self.check_transport() {
             return out.failed(Exit::Refused, why);
@@ -289,6 +308,9 @@ impl Daemon {
 
     fn try_dry_run(&self, request: &Migrate) -> migrate::Result<DryRun> {
         let domid = (self.find)(&request.domain)?;
+        // It looks into the dirty bitmap, which a migration needs for itself.
+        let _hold = self.busy.hold(domid)?;
+        self.not_moving(domid)?;
         let limits = self.limits(request);
         let (offer, _, mut refused) = source::judge(&self.host, domid, &limits)?;
         refused.extend(source::ask(&self.host, &request.host, &offer)?);

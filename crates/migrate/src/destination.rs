@@ -694,6 +694,20 @@ impl Run {
         let offer = self.offer.clone().ok_or_else(|| Trouble::new("there is no offer"))?;
         let dom = offer.identity.domid;
         let Some((state, luggage)) = &self.restored else { return Err(Trouble::new("nothing was restored")) };
+        // Its number may be another guest's since this host was restarted, whose devices and clocks are not ours to touch.
+        match hv.domain_info(dom) {
+            Ok(info) if info.uuid == offer.identity.uuid && info.paused && !info.dying => {}
+            Ok(info) if info.uuid == offer.identity.uuid => {
+                return Err(Trouble::new("the shell that waited for it has been unpaused or destroyed meanwhile"));
+            }
+            Ok(_) => return Err(Trouble::new(format!("domid {dom} belongs to another guest here now"))),
+            Err(error) if error.is_no_such_domain() => {
+                return Err(Trouble::new(
+                    "the shell with its memory is gone; this host has been restarted, or somebody destroyed it",
+                ));
+            }
+            Err(error) => return Err(error.into()),
+        }
         self.host.toolstack.go(&offer, luggage).doing("connect the backends")?;
         self.timeline.mark("connect backends, store and console");
         for port in &state.gt.ports {
@@ -748,7 +762,12 @@ impl Run {
         let hv = &*self.host.hypervisor;
         let dom = offer.identity.domid;
         let there = match hv.domain_info(dom) {
-            Ok(info) => info.uuid == offer.identity.uuid,
+            Ok(info) if info.uuid == offer.identity.uuid => true,
+            // This host was restarted, and the number is another guest's now: so are nodes and devices of that number.
+            Ok(info) => {
+                tracing::warn!("{}: domid {dom} is that of {} now; nothing is removed", self.title(), info.uuid);
+                return Ok(());
+            }
             Err(error) if error.is_no_such_domain() => false,
             Err(error) => return Err(error.into()),
         };

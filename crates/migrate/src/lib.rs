@@ -1,6 +1,7 @@
 //! The migration engine.
 
 pub mod capture;
+mod cpu;
 pub mod fault_points;
 pub mod guest;
 pub mod handshake;

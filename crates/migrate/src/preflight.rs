@@ -1,10 +1,11 @@
 //! What can't move is refused here, with the reason and what to do, before anything is touched.
 
+use crate::cpu;
 use crate::guest::{GuestKind, Offer};
 use crate::host::Host;
 use crate::toolstack::Description;
 use crate::trouble::Result;
-use hypervisor::{DomId, DomainInfo, GtPortKind, GtState, GuestArea, HostInfo, Hypervisor};
+use hypervisor::{DomId, DomainInfo, GtPortKind, GtState, GuestArea, HostInfo, HostPolicy, Hypervisor};
 use xen_abi::hvm_op::{PARAMS, ParamRole};
 
 /// The source's side: what this guest uses that can't be carried. Empty: nothing.
@@ -27,6 +28,10 @@ pub fn source(
     }
     if info.dying {
         why.push("it is being destroyed".into());
+    }
+    if info.paused && info.shutdown.is_none() {
+        // It would run after the move; and whoever paused it (`xl save`, another migration, a debugger) is not done with it.
+        why.push("it is paused; `xl unpause` it first, unless somebody is at work on it".into());
     }
     if info.shared_info.is_none() {
         why.push("it has not placed its shared_info: it is still in its boot loader; try again when it runs".into());
@@ -133,6 +138,15 @@ pub fn destination(host: &Host, offer: &Offer) -> Result<Vec<String>> {
             e.abi_version, offer.extension_abi, offer.host
         )),
         Some(_) => {}
+    }
+    let lacks = cpu::lacks(&offer.shell.policy, &hv.host_cpu_policy(HostPolicy::HvmMax)?);
+    if !lacks.is_empty() {
+        why.push(format!(
+            "the CPU of {} lacks what the guest was started with: {}; move it to a host that has it, or start it anew without (`cpuid=` in \
+             its configuration)",
+            host.name,
+            lacks.join(", ")
+        ));
     }
     let free = here.free_pages.saturating_sub(here.outstanding_pages);
     // Page tables and the domain's own structures come on top of its memory.

@@ -5,6 +5,7 @@
 //! the report; none of them lets the guest run.
 
 use crate::capture::unmarked_pages;
+use crate::cpu;
 use crate::guest::{GfnRange, GuestState, Shell};
 use crate::trouble::{Doing, Result, Trouble};
 use crate::tsc;
@@ -34,6 +35,15 @@ pub fn make_shell(hv: &dyn Hypervisor, dom: DomId, shell: &Shell) -> Result<()> 
     hv.set_paging_pool_size(dom, shell.paging_pool)?;
     hv.set_cpu_policy(dom, &shell.policy)
         .map_err(|e| Trouble::because("this host can't give the guest the CPU that it has", e))?;
+    // Xen takes out what it can't give and says nothing. The preflight has compared what the CPU can do; paging and Xen's command line
+    // have their say here.
+    let lacks = cpu::lacks(&shell.policy, &hv.cpu_policy(dom)?);
+    if !lacks.is_empty() {
+        return Err(Trouble::new(format!(
+            "this host can't give the guest the CPU that it has; it lacks {}",
+            lacks.join(", ")
+        )));
+    }
     set_tsc(hv, dom, shell.tsc)?;
     hv.set_memory_map(dom, &shell.memory_map)?;
     hv.claim_pages(dom, shell.ram.iter().map(|r| r.1).sum())

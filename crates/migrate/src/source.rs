@@ -932,6 +932,7 @@ impl Run {
             let disarmed = hypervisor::GtState { watchdogs: Vec::new(), ..before.clone() };
             hv.set_gt_state(dom, GtStep::Watchdogs, &disarmed)?;
         }
+        self.still_whole()?;
         self.mark("read clocks, disarm watchdogs");
         self.host.toolstack.freeze(&self.guest).doing("freeze the store and console")?;
         self.mark("freeze the store and console");
@@ -963,6 +964,19 @@ impl Run {
         image::write_tail(&mut self.encoder, &state, &luggage);
         self.state = Some(state);
         self.flush()
+    }
+
+    /// Nothing but its own vCPUs and watchdogs can shut the guest down, and they stand still now. One that shut down while its memory was
+    /// copied must stay: its toolstack is about to start it anew here, and on the other host it would go on as if it had not.
+    fn still_whole(&self) -> Result<()> {
+        let info = self.host.hypervisor.domain_info(self.dom())?;
+        if info.uuid != self.guest.identity.uuid || info.dying {
+            return Err(Trouble::new("it has been destroyed while its memory was copied"));
+        }
+        match info.shutdown {
+            Some(reason) => Err(Trouble::new(format!("it shut down while its memory was copied (reason {reason})"))),
+            None => Ok(()),
+        }
     }
 
     /// The dirty pages that are memory, and every page that is known on one side only.
@@ -1030,9 +1044,13 @@ impl Run {
     fn destroy(&mut self) -> Result<()> {
         let dom = self.dom();
         match self.host.hypervisor.domain_info(dom) {
-            // The domid may have been given to another guest since, if this is done again after a restart.
             Ok(info) if info.uuid == self.guest.identity.uuid => self.host.hypervisor.destroy(dom)?,
-            Ok(_) => {}
+            // If this is done again after a restart of the host, the number may be another guest's, and so are the nodes and devices
+            // of that number.
+            Ok(info) => {
+                tracing::warn!("{}: its domid is that of {} now; nothing is removed", self.title(), info.uuid);
+                return Ok(());
+            }
             Err(error) if error.is_no_such_domain() => {}
             Err(error) => return Err(error.into()),
         }

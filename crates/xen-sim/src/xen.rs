@@ -61,11 +61,14 @@ struct Inner {
     domains: BTreeMap<DomId, Domain>,
     free_pages: u64,
     extension: bool,
+    /// Features (ECX of leaf 1) that a guest can have: as told, and as set.
+    features: (u32, u32),
 }
 
 impl SimXen {
     pub fn new(world: &Arc<World>, name: &str, uptime_ns: u64) -> SimXen {
-        let inner = Inner { domains: BTreeMap::new(), free_pages: 1 << 20, extension: true };
+        let inner =
+            Inner { domains: BTreeMap::new(), free_pages: 1 << 20, extension: true, features: (u32::MAX, u32::MAX) };
         SimXen {
             world: world.clone(),
             name: name.into(),
@@ -110,12 +113,24 @@ impl SimXen {
         lock(&self.inner).extension = loaded;
     }
 
+    /// What the host's CPU can do, and what Xen leaves of it when it makes a guest.
+    pub fn set_features(&self, told: u32, set: u32) {
+        lock(&self.inner).features = (told, set);
+    }
+
     /// What the guest's program has done, and the memory that shows it; `None` if there is no such domain.
     pub fn guest_memory(&self, dom: DomId) -> Option<(u64, BTreeMap<Gfn, Vec<u8>>)> {
         let inner = lock(&self.inner);
         let domain = inner.domains.get(&dom)?;
         let memory = domain.pages.keys().filter_map(|gfn| Some((*gfn, domain.read(*gfn)?.to_vec()))).collect();
         Some((domain.ticks(), memory))
+    }
+
+    /// The guest shuts down; its vCPUs stop.
+    pub fn shut_down(&self, dom: DomId, reason: u8) {
+        if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
+            domain.shutdown = Some(reason);
+        }
     }
 
     /// Lets the guest go on for a while, if it runs.
@@ -173,7 +188,7 @@ impl SimXen {
             dying: false,
             running: d.pauses == 0,
             blocked: false,
-            shutdown: None,
+            shutdown: d.shutdown,
             total_pages: d.pages.len() as u64,
             max_pages: d.max_mem_kib / 4,
             outstanding_pages: 0,
@@ -268,7 +283,9 @@ impl Hypervisor for SimXen {
     }
 
     fn host_cpu_policy(&self, _which: HostPolicy) -> Result<CpuPolicy> {
-        Ok(CpuPolicy::default())
+        let (c, d) = (lock(&self.inner).features.0, u32::MAX);
+        let leaf = CpuidLeaf { leaf: 1, subleaf: CpuidLeaf::NO_SUBLEAF, a: 0, b: 0, c, d };
+        Ok(CpuPolicy { leaves: vec![leaf], msrs: Vec::new() })
     }
 
     fn domains(&self) -> Result<Vec<DomainInfo>> {
@@ -352,11 +369,13 @@ impl Hypervisor for SimXen {
     }
 
     fn set_cpu_policy(&self, dom: DomId, policy: &CpuPolicy) -> Result<()> {
+        let features = lock(&self.inner).features.1;
         self.with("XEN_DOMCTL_set_cpu_policy", dom, |d| {
             if d.context.is_some() {
                 return Err(Errno::EEXIST);
             }
             d.policy = policy.clone();
+            d.policy.leaves.iter_mut().for_each(|leaf| leaf.c &= features);
             Ok(())
         })
     }

@@ -23,11 +23,17 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Fires once, at one point.
 #[derive(Default)]
-struct Planted(Mutex<Option<(String, Fault)>>, Mutex<Vec<String>>);
+struct Planted(Mutex<Option<(String, Fault)>>, Mutex<Vec<String>>, Mutex<Option<Hook>>);
+
+/// What happens to a host at one point.
+type Hook = (String, Box<dyn FnOnce() + Send>);
 
 impl Faults for Planted {
     fn at(&self, point: &str) -> Option<Fault> {
         self.1.lock().unwrap().push(point.into());
+        if let Some((_, happen)) = self.2.lock().unwrap().take_if(|(at, _)| at == point) {
+            happen();
+        }
         let mut planted = self.0.lock().unwrap();
         match &*planted {
             Some((at, fault)) if at == point => {
@@ -316,7 +322,10 @@ fn there_and_back_again() {
 #[test]
 fn what_does_not_fit_is_refused_untouched() {
     type Change = fn(&Lab);
-    let cases: [(&str, Change); 5] = [
+    let cases: [(&str, Change); 6] = [
+        ("lacks what the guest was started with: bit 0 of ECX of CPUID leaf 0x1, pclmulqdq", |lab| {
+            lab.xen[1].set_features(0, 0)
+        }),
         ("domid 41 is taken", |lab| lab.xen[1].boot_guest(DOM, Uuid::from_u128(9), PROGRAM)),
         ("free memory", |lab| lab.xen[1].set_free_pages(100)),
         ("extension is not loaded on b", |lab| lab.xen[1].set_extension(false)),
@@ -481,4 +490,71 @@ fn any_harm_to_any_part_of_the_connection_resolves() {
         }
     }
     assert!(tried > 150, "only {tried} places");
+}
+
+/// A host that crashed with a record of a migration and was started again may have given the guest's number to another guest, whose
+/// devices and nodes are not to be touched.
+#[test]
+fn another_guest_under_the_same_number_is_left_alone() {
+    let other = Uuid::from_u128(9);
+    // Where the daemon crashes, which host is restarted with it, and who runs the guest in the end.
+    let cases: [(&str, usize, &[&str]); 3] = [
+        ("destination.after.prepare", 1, &["a"]),
+        ("destination.after.journal-accepted", 1, &["a"]),
+        // This one has heard that the destination runs it.
+        ("source.before.destroy", 0, &["b"]),
+    ];
+    for (point, host, runs_on) in cases {
+        let lab = Lab::new();
+        *lab.planted.0.lock().unwrap() = Some((point.into(), Fault::Crash));
+        source::start(&lab.hosts[0], lab.request()).unwrap();
+        wait(point, || lab.planted.0.lock().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(20));
+        lab.xen[host].destroy(DOM).unwrap();
+        lab.xen[host].boot_guest(DOM, other, PROGRAM);
+        lab.toolstacks[host].add(DOM, "other");
+        if host == 0 {
+            lab.restart_source();
+        } else {
+            lab.start_destination();
+        }
+        wait(&format!("{point}: both to end"), || idle(&lab));
+        assert_eq!(lab.runs_on(), runs_on, "{point}");
+        assert_eq!(lab.world.hosts_of(other), [["a", "b"][host]], "{point}");
+        let guest = lab.toolstacks[host].guest(DOM).unwrap_or_default();
+        assert_eq!((guest.name.as_str(), guest.attached), ("other", true), "{point}");
+    }
+}
+
+/// A guest that shuts down while its memory is copied stays: its toolstack will start it anew here.
+#[test]
+fn a_guest_that_shuts_down_meanwhile_stays() {
+    let lab = Lab::new();
+    let xen = lab.xen[0].clone();
+    let hook: Hook = ("source.before.journal-freeze".into(), Box::new(move || xen.shut_down(DOM, 1)));
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    let report = lab.migrate();
+    assert!(!report.moved);
+    assert!(report.error.unwrap().contains("it shut down while its memory was copied (reason 1)"));
+    lab.settled_on(0);
+}
+
+#[test]
+fn a_paused_guest_is_refused() {
+    let lab = Lab::new();
+    lab.xen[0].pause(DOM).unwrap();
+    let error = source::start(&lab.hosts[0], lab.request()).unwrap_err().to_string();
+    assert!(error.contains("it is paused; `xl unpause` it"), "{error}");
+}
+
+/// Xen takes features out of a policy and says nothing.
+#[test]
+fn features_that_xen_takes_out_end_the_migration() {
+    let lab = Lab::new();
+    lab.xen[1].set_features(u32::MAX, !2);
+    let report = lab.migrate();
+    assert!(!report.moved);
+    let error = report.error.unwrap();
+    assert!(error.contains("it lacks pclmulqdq"), "{error}");
+    lab.settled_on(0);
 }
