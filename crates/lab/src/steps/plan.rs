@@ -162,6 +162,11 @@ pub fn xl_config(index: usize, guest: &Guest, disks: &BTreeMap<String, String>) 
     text
 }
 
+/// Where `ferry migrate` leaves its report of the run's `index`th move, in the source's dom0.
+pub fn report_file(index: usize) -> String {
+    format!("/run/ferry-report-{index}.json")
+}
+
 /// A word for the shell, quoted so that it stays one word.
 pub fn shell_word(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''"))
