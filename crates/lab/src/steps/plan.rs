@@ -8,7 +8,7 @@ use witness::config::{Cidr, Config, ConsoleLevel};
 
 use crate::net::Mac;
 use crate::net::peer::{GuestLink, PeerConfig, Rates};
-use crate::scenario::{Guest, GuestType, Scenario, Vbd};
+use crate::scenario::{Guest, GuestType, Scenario, Vbd, Vif};
 
 /// Folder in dom0 for what the lab puts there.
 pub const DOM0_FOLDER: &str = "/root/lab";
@@ -148,7 +148,9 @@ pub fn xl_config(index: usize, guest: &Guest, disks: &BTreeMap<String, String>) 
         line("serial", quoted("pty"));
     }
     let list = |items: Vec<String>| format!("[ {} ]", items.iter().map(|i| quoted(i)).collect::<Vec<_>>().join(", "));
-    let vifs = guest.vifs.iter().map(|vif| format!("mac={},bridge={}", vif.mac.get_ref(), vif.bridge)).collect();
+    // Without an MTU of its own a vif would get its bridge's, which is for what the hosts send each other.
+    let vif = |vif: &Vif| format!("mac={},bridge={},mtu=1500", vif.mac.get_ref(), vif.bridge);
+    let vifs = guest.vifs.iter().map(vif).collect();
     line("vif", list(vifs));
     let vbds = guest.vbds.iter().map(|vbd| {
         let path = disks.get(vbd.disk.get_ref()).map_or("", String::as_str);
@@ -214,7 +216,7 @@ kernel = "bzImage"
             "vcpus = 2\n",
             "memory = 256\n",
             "cpuid = \"host,rdtscp=0\"\n",
-            "vif = [ \"mac=00:16:3e:00:00:01,bridge=xenbr0\", \"mac=00:16:3e:00:00:02,bridge=xenbr0\" ]\n",
+            "vif = [ \"mac=00:16:3e:00:00:01,bridge=xenbr0,mtu=1500\", \"mac=00:16:3e:00:00:02,bridge=xenbr0,mtu=1500\" ]\n",
             "disk = [ \"format=raw,vdev=xvda,access=rw,backendtype=phy,target=/dev/disk/by-id/lun\" ]\n",
             "maxvcpus = 4\n",
             " quiet say=\\\"hi\\\"\"\n",
