@@ -14,3 +14,4 @@ pub mod exit;
 pub mod host_check;
 pub mod learned;
 pub mod toolstack;
+mod undo;
