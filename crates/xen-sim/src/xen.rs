@@ -113,6 +113,13 @@ impl SimXen {
         lock(&self.inner).extension = loaded;
     }
 
+    /// Makes a guest that was created or grew otherwise than the tests' guests do.
+    pub fn change(&self, dom: DomId, change: impl FnOnce(&mut GtState, &mut BTreeMap<Gfn, XenPage>)) {
+        if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
+            change(&mut domain.gt, &mut domain.placed);
+        }
+    }
+
     /// What the host's CPU can do, and what Xen leaves of it when it makes a guest.
     pub fn set_features(&self, told: u32, set: u32) {
         lock(&self.inner).features = (told, set);
