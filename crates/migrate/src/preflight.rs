@@ -9,6 +9,10 @@ use hypervisor::{DomId, DomainInfo, Gfn, GtPortKind, GtState, GuestArea, HostInf
 use xen_abi::domctl;
 use xen_abi::hvm_op::{PARAMS, ParamRole};
 
+/// `XEN_CPUID_TSC_MODE_NEVER_EMULATE`.
+const TSC_NATIVE: u32 = 2;
+/// One part in so many: what two hosts of the same kind measure differently, and a guest's time-keeping corrects.
+const TSC_TOLERANCE: u32 = 2000;
 const FOUR_GIB: u64 = 1 << 20;
 /// What a guest that comes in may be created with (`XEN_DOMCTL_CDF_*`): HVM, HAP, out-of-sync shadows off, and measured boot (bit 2).
 const SHELL_FLAGS: u32 = domctl::CDF_HVM | domctl::CDF_HAP | domctl::CDF_OOS_OFF | 1 << 2;
@@ -210,6 +214,15 @@ pub fn destination(host: &Host, offer: &Offer) -> Result<Vec<String>> {
     }
     let free = here.free_pages.saturating_sub(here.outstanding_pages);
     // Page tables and the domain's own structures come on top of its memory.
+    let (tsc, khz) = (offer.shell.tsc, here.tsc_khz);
+    if tsc.mode == TSC_NATIVE && tsc.khz.abs_diff(khz) > khz / TSC_TOLERANCE {
+        why.push(format!(
+            "the guest's TSC is never emulated (tsc_mode=\"native\"), and runs at {} MHz on {} and {} MHz here; start it with tsc_mode=\"default\"",
+            tsc.khz / 1000,
+            offer.host,
+            khz / 1000
+        ));
+    }
     let overhead = offer.shell.paging_pool / 4096 + 256 + u64::from(offer.shell.config.max_vcpus) * 32;
     let needed = offer.shell.total_pages.saturating_add(overhead);
     if free < needed {

@@ -921,6 +921,11 @@ impl Run {
         let hv = self.host.hypervisor.clone();
         let dom = self.dom();
         // The pages that Xen writes to by itself are found before the pause; what changes until then is found after it again.
+        if hv.domain_info(dom)?.paused {
+            // Nothing was done that a roll-back would have to undo, this pause least of all.
+            self.freeze = None;
+            return Err(Trouble::new("somebody has paused it while its memory was copied"));
+        }
         let timeline = self.timeline.insert(Timeline::start(Place::Source));
         for _ in 0..PAUSES {
             hv.pause(dom)?;

@@ -202,7 +202,25 @@ fn report(handle: &Handle) -> Report {
 
 #[test]
 fn a_guest_moves_whole() {
+    moves_whole(&Lab::new());
+}
+
+/// Xen does not say at what rate its TSC runs.
+#[test]
+fn a_guest_whose_tsc_is_never_emulated_moves_whole() {
     let lab = Lab::new();
+    lab.xen[0].make_tsc_native(DOM);
+    moves_whole(&lab);
+    let lab = Lab::new();
+    lab.xen[0].make_tsc_native(DOM);
+    lab.xen[1].set_tsc_khz(2_010_000);
+    let error = lab.migrate().error.unwrap();
+    assert!(error.contains("2000 MHz on a and 2010 MHz here"), "{error}");
+    lab.xen[1].set_tsc_khz(2_000_500);
+    assert!(lab.migrate().moved, "two hosts of a kind");
+}
+
+fn moves_whole(lab: &Lab) {
     let before = lab.xen[0].gt_state(DOM).unwrap();
     let asked = Instant::now();
     let report = lab.migrate();
@@ -473,4 +491,35 @@ fn offers_that_no_guest_has_are_refused() {
         assert!(answer.details.to_string().contains(text), "{text}: {answer:?}");
         assert!(lab.xen[1].domain_info(DOM).is_err());
     }
+}
+
+#[test]
+fn a_guest_that_somebody_pauses_meanwhile_stays_paused() {
+    let lab = Lab::new();
+    let xen = lab.xen[0].clone();
+    let hook: Hook = ("source.before.freeze".into(), Box::new(move || xen.pause(DOM).unwrap()));
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    let report = lab.migrate();
+    assert!(report.error.unwrap().contains("somebody has paused it"));
+    assert!(lab.xen[0].domain_info(DOM).unwrap().paused);
+    lab.xen[0].unpause(DOM).unwrap();
+    lab.settled_on(0);
+}
+
+/// S1: an operator who unpauses a copy that waits, and again because nothing happens.
+#[test]
+fn unpausing_a_waiting_copy_does_not_let_it_run() {
+    let lab = Lab::new();
+    let both = lab.xen.clone();
+    let hook: Hook = (
+        "destination.before.connect".into(),
+        Box::new(move || {
+            for xen in both {
+                (0..3).for_each(|_| xen.unpause(DOM).unwrap());
+            }
+        }),
+    );
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    assert!(lab.migrate().moved);
+    lab.settled_on(1);
 }
