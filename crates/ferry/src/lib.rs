@@ -15,4 +15,5 @@ pub mod host_check;
 pub mod keeper;
 pub mod learned;
 pub mod toolstack;
+mod undo;
 pub mod xl_config;

@@ -1,6 +1,7 @@
 //! The real service domain, put together from pv-backend and xenstore-client for the engine.
 
 use crate::keeper::Book;
+use crate::undo;
 use hypervisor::{DomId, GtPortKind, Hypervisor};
 use migrate::guest::{Device, GuestKind, Identity, Offer};
 use migrate::toolstack::{Description, Luggage, Toolstack};
@@ -10,13 +11,11 @@ use pv_backend::device::Inventory;
 use pv_backend::dom0::Dom0;
 use pv_backend::frozen::{self, Frozen};
 use pv_backend::records::{self, Node, Records};
-use pv_backend::source::{Limits, Snapshot};
+use pv_backend::source::Limits;
 use pv_backend::store::Store;
 use pv_backend::{announce, console, destination, device, source};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -90,20 +89,8 @@ impl ServiceDomain {
         }
     }
 
-    fn undo_file(&self, guest: &Description) -> PathBuf {
-        self.undo.join(guest.identity.uuid.to_string())
-    }
-
     fn holds(&self) -> std::sync::MutexGuard<'_, BTreeMap<u16, Hold>> {
         self.holds.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write_undo(&self, guest: &Description, snapshot: &Snapshot) -> Result<()> {
-        let mut file = File::create(self.undo_file(guest))?;
-        file.write_all(&serde_json::to_vec(snapshot)?)?;
-        file.sync_all()?;
-        File::open(&self.undo)?.sync_all()?;
-        Ok(())
     }
 }
 
@@ -177,8 +164,15 @@ impl Toolstack for ServiceDomain {
         let prefixes = frozen::prefixes(domid, &guest.identity.uuid.to_string());
         let export = export(&mut store, domid, &prefixes)?;
         let mut frozen = Frozen::from_stream(&export).doing("read the frozen store")?;
+        // The destination has made its devices from what was found before the copying. Nothing has been touched yet.
+        let now = device::discover(&mut frozen, domid).doing("find its devices again")?;
+        if let Some(what) = device::changed(&inventory, &now) {
+            return Err(
+                Trouble::new(format!("its devices changed while its memory was copied: {what}")).todo("try again")
+            );
+        }
         let snapshot = source::snapshot(&self.machine, &mut frozen, &inventory).doing("remember the devices' nodes")?;
-        self.write_undo(guest, &snapshot).doing("write what a roll-back needs")?;
+        undo::write(&self.undo, guest.identity.uuid, domid, &snapshot).doing("write what a roll-back needs")?;
         if let Some(console) = &inventory.console
             && let Some(hold) = console::hold(console).doing("hold the console")?
         {
@@ -206,9 +200,8 @@ impl Toolstack for ServiceDomain {
     }
 
     fn unfreeze(&self, guest: &Description) -> Result<()> {
-        let file = self.undo_file(guest);
-        // The backends are not touched before this file is whole on disk.
-        let snapshot: Option<Snapshot> = std::fs::read(&file).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        // The backends are not touched before it is whole on disk.
+        let snapshot = undo::read(&self.undo, guest.identity.uuid, guest.identity.domid.0)?;
         let inventory = inventory(&guest.details)?;
         let mut store = store()?;
         if let Some(snapshot) = snapshot {
@@ -225,10 +218,7 @@ impl Toolstack for ServiceDomain {
             tracing::warn!("domain {}: {error}", guest.identity.domid);
         }
         self.holds().remove(&guest.identity.domid.0);
-        match std::fs::remove_file(file) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
-            _ => Ok(()),
-        }
+        undo::remove(&self.undo, guest.identity.uuid)
     }
 
     fn forget(&self, guest: &Description) -> Result<()> {
@@ -246,10 +236,7 @@ impl Toolstack for ServiceDomain {
         records::remove(&mut store, domid, &uuid, Path::new(records::USERDATA)).doing("remove its records")?;
         records::quarantine(domid, Path::new(records::RUN)).doing("")?;
         self.book.remove(guest.identity.uuid)?;
-        match std::fs::remove_file(self.undo_file(guest)) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e.into()),
-            _ => Ok(()),
-        }
+        undo::remove(&self.undo, guest.identity.uuid)
     }
 
     fn fits(&self, offer: &Offer) -> Vec<String> {

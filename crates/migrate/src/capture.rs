@@ -4,7 +4,7 @@ use crate::guest::{Grants, GuestState, Shell, ranges};
 use crate::trouble::{Doing, Result};
 use crate::tsc;
 use hypervisor::{
-    DomId, DomainConfig, DomainInfo, Gfn, GrantArray, GtState, GuestArea, Hypervisor, MemoryRange, PAGE_SIZE,
+    DomId, DomainConfig, DomainInfo, Gfn, GrantArray, GtState, GuestArea, Hypervisor, MemoryRange, PAGE_SIZE, TscInfo,
 };
 use std::collections::BTreeSet;
 use xen_abi::hvm_op::{PARAM_CONSOLE_PFN, PARAM_STORE_PFN, PARAMS, ParamRole};
@@ -59,10 +59,19 @@ pub fn shell(hv: &dyn Hypervisor, info: &DomainInfo, gt: &GtState, ram: &[Gfn]) 
         total_pages: info.total_pages,
         paging_pool: hv.paging_pool_size(dom)?,
         policy: hv.cpu_policy(dom)?,
-        tsc: hv.tsc_info(dom)?,
+        tsc: tsc_info(hv, dom)?,
         memory_map: memory_map(ram),
         ram: ranges(ram.iter().copied()),
     })
+}
+
+/// With the rate also in the mode that never emulates, where Xen tells none: it is the host's then.
+fn tsc_info(hv: &dyn Hypervisor, dom: DomId) -> Result<TscInfo> {
+    let mut info = hv.tsc_info(dom)?;
+    if info.khz == 0 {
+        info.khz = hv.host_info()?.tsc_khz;
+    }
+    Ok(info)
 }
 
 /// Reads the grant table. Version 2 has no reader for where the guest sees its status frames, and is refused by the preflight.
@@ -97,7 +106,7 @@ pub fn state(hv: &dyn Hypervisor, dom: DomId, system_time: i64, paused_at: u64) 
             Some((gfn, page))
         }
     };
-    let mut info = hv.tsc_info(dom)?;
+    let mut info = tsc_info(hv, dom)?;
     info.elapsed_ns = info.elapsed_ns.saturating_sub(hv.now()?.saturating_sub(paused_at));
     let context = hv.hvm_context(dom)?;
     let at_pause = |vcpu: u16, saved: u64| match gt.vcpus.get(usize::from(vcpu)) {

@@ -738,10 +738,10 @@ impl Run {
                     if hv.domain_info(dom)?.paused {
                         // The last of these counts: from then on the guest may run.
                         self.blackout_ns = self.away.at(hv.now()?);
-                        self.timeline.mark("unpause");
                         hv.unpause(dom)?;
                     }
                 }
+                self.timeline.mark("unpause");
             }
             // It was started before this host was restarted, or has ended since: there is nothing to start any more.
             Ok(_) => return Ok(()),

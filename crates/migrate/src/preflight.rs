@@ -4,9 +4,18 @@ use crate::cpu;
 use crate::guest::{GuestKind, Offer};
 use crate::host::Host;
 use crate::toolstack::Description;
-use crate::trouble::Result;
-use hypervisor::{DomId, DomainInfo, GtPortKind, GtState, GuestArea, HostInfo, HostPolicy, Hypervisor};
+use crate::trouble::{Result, Trouble};
+use hypervisor::{DomId, DomainInfo, Gfn, GtPortKind, GtState, GuestArea, HostInfo, HostPolicy, Hypervisor};
+use xen_abi::domctl;
 use xen_abi::hvm_op::{PARAMS, ParamRole};
+
+/// `XEN_CPUID_TSC_MODE_NEVER_EMULATE`.
+const TSC_NATIVE: u32 = 2;
+/// One part in so many: what two hosts of the same kind measure differently, and a guest's time-keeping corrects.
+const TSC_TOLERANCE: u32 = 2000;
+const FOUR_GIB: u64 = 1 << 20;
+/// What a guest that comes in may be created with (`XEN_DOMCTL_CDF_*`): HVM, HAP, out-of-sync shadows off, and measured boot (bit 2).
+const SHELL_FLAGS: u32 = domctl::CDF_HVM | domctl::CDF_HAP | domctl::CDF_OOS_OFF | 1 << 2;
 
 /// The source's side: what this guest uses that can't be carried. Empty: nothing.
 pub fn source(
@@ -42,6 +51,14 @@ pub fn source(
     if gt.grant_version != 1 {
         why.push(format!("it uses grant table version {}; only version 1 can be moved", gt.grant_version));
     }
+    why.extend(features(host, gt));
+    for (id, vcpu) in gt.vcpus.iter().enumerate() {
+        if vcpu.initialised && vcpu.down {
+            why.push(format!(
+                "its vCPU {id} was taken down and keeps a context, which Xen does not save; bring it up in the guest"
+            ));
+        }
+    }
     for param in PARAMS.iter().filter(|p| p.role == ParamRole::MustBeZero) {
         if hv.hvm_param(info.domid, param.index)? != 0 {
             why.push(format!("it uses {}, which can't be moved", param.name));
@@ -75,6 +92,53 @@ pub fn source(
     }
     why.extend(maps_others(hv, info.domid)?);
     Ok(why)
+}
+
+/// What of Xen's the guest was created with or may use, and nobody can read.
+fn features(host: &HostInfo, gt: &GtState) -> Vec<String> {
+    let mut why = Vec::new();
+    if gt.create_flags & domctl::CDF_NESTED_VIRT != 0 {
+        why.push("it has nested virtualisation, which can't be moved; start it without (`nestedhvm=0`)".into());
+    }
+    if gt.create_flags & domctl::CDF_IOMMU != 0 {
+        why.push(
+            "it was created for passed-through devices, whose writes to memory nobody sees; start it with passthrough=\"disabled\"".into(),
+        );
+    }
+    for (option, what) in [("vpmu", "performance counters"), ("argo", "argo rings")] {
+        if switched_on(&host.command_line, option) || (option == "vpmu" && gt.create_flags & domctl::CDF_VPMU != 0) {
+            why.push(format!(
+                "it may have {what}, which can't be moved; boot this host without the option `{option}` of Xen"
+            ));
+        }
+    }
+    why
+}
+
+/// Whether an option that is off by default stands on Xen's command line, and not as "off".
+fn switched_on(command_line: &str, option: &str) -> bool {
+    let mut values = command_line
+        .split_whitespace()
+        .filter_map(|word| word.strip_prefix(option))
+        .filter_map(|rest| if rest.is_empty() { Some("on") } else { rest.strip_prefix('=') });
+    // The last one counts.
+    values.next_back().is_some_and(|value| !matches!(value, "0" | "no" | "off" | "false" | "disable"))
+}
+
+/// A guest decides itself how high its highest page lies, and a bit for each page below it is kept, and asked for in each round.
+pub fn reach(hv: &dyn Hypervisor, info: &DomainInfo) -> Result<Gfn> {
+    let top = hv.max_gfn(info.domid)?;
+    // Room for holes, and for what Linux puts above its memory.
+    let most = info.max_pages.saturating_mul(16).saturating_add(4 * FOUR_GIB);
+    if top.0 > most {
+        return Err(Trouble::new(format!(
+            "it has a page at gfn {top}, far above its memory of {} MiB; a bit for each page below would take {} MiB here",
+            info.max_pages / 256,
+            top.0 >> 23
+        ))
+        .todo("find out what in the guest maps pages there"));
+    }
+    Ok(top)
 }
 
 /// Whether the guest maps pages of other guests: it would need them on the destination.
@@ -150,8 +214,17 @@ pub fn destination(host: &Host, offer: &Offer) -> Result<Vec<String>> {
     }
     let free = here.free_pages.saturating_sub(here.outstanding_pages);
     // Page tables and the domain's own structures come on top of its memory.
-    let needed =
-        offer.shell.total_pages + offer.shell.paging_pool / 4096 + 256 + u64::from(offer.shell.config.max_vcpus) * 32;
+    let (tsc, khz) = (offer.shell.tsc, here.tsc_khz);
+    if tsc.mode == TSC_NATIVE && tsc.khz.abs_diff(khz) > khz / TSC_TOLERANCE {
+        why.push(format!(
+            "the guest's TSC is never emulated (tsc_mode=\"native\"), and runs at {} MHz on {} and {} MHz here; start it with tsc_mode=\"default\"",
+            tsc.khz / 1000,
+            offer.host,
+            khz / 1000
+        ));
+    }
+    let overhead = offer.shell.paging_pool / 4096 + 256 + u64::from(offer.shell.config.max_vcpus) * 32;
+    let needed = offer.shell.total_pages.saturating_add(overhead);
     if free < needed {
         why.push(format!(
             "{} has {} MiB of free memory, the guest needs {} MiB; free memory there (a smaller dom0_mem, fewer guests)",
@@ -164,6 +237,27 @@ pub fn destination(host: &Host, offer: &Offer) -> Result<Vec<String>> {
     if described > offer.shell.total_pages.saturating_add(1024) {
         why.push("the offer's memory does not add up".into());
     }
+    // A shell is nobody's service domain, whatever the peer says.
+    let flags = offer.shell.config.flags;
+    if flags & domctl::CDF_HVM == 0 || flags & !SHELL_FLAGS != 0 {
+        why.push(format!(
+            "the offer asks for a domain with flags {flags:#x}, of which only {SHELL_FLAGS:#x} are taken"
+        ));
+    }
     why.extend(host.toolstack.fits(offer));
     Ok(why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_of_xen_are_read_as_xen_does() {
+        assert!(switched_on("dom0_mem=1G vpmu", "vpmu"));
+        assert!(switched_on("vpmu=bts,ipc", "vpmu") && switched_on("argo=1,mac-permissive=1", "argo"));
+        for off in ["", "dom0_mem=1G", "vpmu=0", "vpmu=off", "vpmu=1 vpmu=no", "vpmu-x=1", "novpmu"] {
+            assert!(!switched_on(off, "vpmu"), "{off}");
+        }
+    }
 }

@@ -15,8 +15,9 @@ use std::mem::offset_of;
 use xen_abi::grant::{EntryV1, GTF_READING, GTF_WRITING};
 use xen_abi::hvm_op::{ParamRole, param};
 
-/// How often the control domain's pause count is raised, on both copies: one more than a single `xl unpause` takes back.
-pub const PAUSES: u32 = 2;
+/// How often the control domain's pause count is raised, on both copies. Each `xl unpause` takes one back and says nothing, so that somebody who
+/// wonders why the guest does not run may well do it again.
+pub const PAUSES: u32 = 8;
 
 /// Pages populated with one call.
 const BATCH: usize = 1024;

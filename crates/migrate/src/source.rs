@@ -157,6 +157,7 @@ pub fn judge(host: &Host, dom: DomId, limits: &Limits) -> Result<(Offer, Descrip
     let guest = host.toolstack.describe(dom)?;
     let gt = hv.gt_state(dom)?;
     let why = preflight::source(hv, &here, &info, &gt, &guest)?;
+    preflight::reach(hv, &info)?;
     let ram = hv.ram_gfns(dom)?;
     let offer = Offer {
         identity: guest.identity.clone(),
@@ -861,7 +862,8 @@ impl Run {
     }
 
     fn bitmap(&self) -> Result<DirtyBitmap> {
-        Ok(DirtyBitmap::new(self.host.hypervisor.max_gfn(self.dom())?.0 + 1))
+        let hv = &*self.host.hypervisor;
+        Ok(DirtyBitmap::new(preflight::reach(hv, &hv.domain_info(self.dom())?)?.0 + 1))
     }
 
     fn send_pages(&mut self, pages: &[Gfn]) -> Result<()> {
@@ -919,6 +921,11 @@ impl Run {
         let hv = self.host.hypervisor.clone();
         let dom = self.dom();
         // The pages that Xen writes to by itself are found before the pause; what changes until then is found after it again.
+        if hv.domain_info(dom)?.paused {
+            // Nothing was done that a roll-back would have to undo, this pause least of all.
+            self.freeze = None;
+            return Err(Trouble::new("somebody has paused it while its memory was copied"));
+        }
         let timeline = self.timeline.insert(Timeline::start(Place::Source));
         for _ in 0..PAUSES {
             hv.pause(dom)?;

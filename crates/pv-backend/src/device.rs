@@ -287,6 +287,39 @@ fn discover_console(store: &mut dyn Store, home: &str, refused: &mut Vec<Refusal
     Ok(Some(Console { area, port, tty }))
 }
 
+/// What is not as it was when the guest was looked at before: a device that came, went or changed. `None`: all is.
+pub fn changed(before: &Inventory, now: &Inventory) -> Option<String> {
+    let same = |a: &&Device, b: &Device| (a.class, a.devid) == (b.class, b.devid);
+    let title = |device: &Device| format!("{} {}", device.class.name(), device.devid);
+    for device in &before.devices {
+        match now.devices.iter().find(|d| same(d, device)) {
+            None => return Some(format!("{} has gone", title(device))),
+            Some(d) if d.frontend_state != device.frontend_state || d.backend_state != device.backend_state => {
+                let (was, is) =
+                    ((&device.frontend_state, &device.backend_state), (&d.frontend_state, &d.backend_state));
+                return Some(format!("{} went from states {was:?} to {is:?} (frontend, backend)", title(device)));
+            }
+            Some(d) if d != device => {
+                let differs = |name: &&String| d.nodes.get(*name) != device.nodes.get(*name);
+                let node = d.nodes.keys().chain(device.nodes.keys()).find(differs);
+                return Some(match node {
+                    Some(node) => format!("{}: its backend's node {node} changed", title(device)),
+                    None => format!("{} has other rings or event channels", title(device)),
+                });
+            }
+            Some(_) => {}
+        }
+    }
+    if let Some(device) = now.devices.iter().find(|d| !before.devices.iter().any(|b| same(d, b))) {
+        return Some(format!("{} has come", title(device)));
+    }
+    if let Some(refusal) = now.refused.iter().find(|refusal| !before.refused.contains(refusal)) {
+        return Some(refusal.to_string());
+    }
+    (before.console != now.console || before.store_port != now.store_port)
+        .then(|| "its console or its connection with the store is another".to_owned())
+}
+
 /// What of the guest's event channels and grants cannot move: those that lead to another domain than dom0, and event
 /// channels to a program in dom0 that is not known.
 pub fn judge_channels(channels: &(impl Channels + ?Sized), inventory: &Inventory) -> Result<Vec<Refusal>> {

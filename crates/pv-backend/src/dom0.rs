@@ -87,8 +87,13 @@ impl Machine for Dom0 {
         let base = net(device)?;
         let text = |name: &str| fs::read_to_string(base.join(name)).ok().map(|text| text.trim().to_owned());
         let flags = u32::from_str_radix(text("flags")?.trim_start_matches("0x"), 16).ok()?;
+        let bridge = fs::read_link(base.join("master")).ok()?.file_name()?.to_str()?.to_owned();
+        // Open vSwitch and bonds are masters too.
+        if !self.is_bridge(&bridge) {
+            return None;
+        }
         Some(BridgePort {
-            bridge: fs::read_link(base.join("master")).ok()?.file_name()?.to_str()?.to_owned(),
+            bridge,
             address: parse_mac(&text("address")?)?,
             mtu: text("mtu")?.parse().ok()?,
             flags: flags as u16 & SETTABLE_FLAGS,

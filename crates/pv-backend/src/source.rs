@@ -185,8 +185,22 @@ pub fn rollback(
     snapshot: &Snapshot,
     limits: &Limits,
 ) -> Result<()> {
+    // What somebody has taken from the guest meanwhile (`xl block-detach --force`) can't be given back, and must not keep it paused.
+    let mut here = Vec::new();
+    let mut gone: Vec<&str> = Vec::new();
+    for device in &inventory.devices {
+        if machine.is_present(&device.bus_id()) || store.read(&device.backend)?.is_some() {
+            here.push(device.clone());
+        } else {
+            tracing::warn!(
+                "{}: it was removed from this host meanwhile; the guest goes on without it",
+                device.bus_id()
+            );
+            gone.extend([device.frontend.as_str(), device.backend.as_str()]);
+        }
+    }
     let (bound, free): (Vec<Device>, Vec<Device>) =
-        inventory.devices.iter().cloned().partition(|device| machine.is_bound(device.class.name(), &device.bus_id()));
+        here.iter().cloned().partition(|device| machine.is_bound(device.class.name(), &device.bus_id()));
     // With a device still at work its grants can't be told from those of one that drains; then only the event channels of
     // the free ones are waited for.
     let draining = Inventory { devices: free.clone(), ..inventory.clone() };
@@ -209,10 +223,14 @@ pub fn rollback(
         match (device.class, snapshot.ports.get(&device.bus_id())) {
             // What the script would do again, at a fraction of its time. Firewall rules name the device and are still there. A
             // device that is to be renamed, and one that is not in a bridge, is the script's.
-            (Class::Vif, Some(port)) if device.node("vifname").is_none() => {
-                machine.join_bridge(&device.netdev(), port).map_err(|source| Error::Machine {
-                    what: format!("{}: put {} back into the bridge {}", device.bus_id(), device.netdev(), port.bridge),
-                    source,
+            (Class::Vif, Some(port)) if device.node("vifname").is_none() && by_bridge(device) => {
+                machine.join_bridge(&device.netdev(), port).or_else(|error| {
+                    tracing::warn!(
+                        "{}: back into the bridge {}: {error}; its script is run",
+                        device.bus_id(),
+                        port.bridge
+                    );
+                    run(machine, device, "online", limits)
                 })
             }
             (Class::Vif, _) => run(machine, device, "online", limits),
@@ -230,15 +248,20 @@ pub fn rollback(
             store.write(&path, b"connected")?;
         }
     }
-    if let Err(error) = wait_states(machine, store, &inventory.devices, limits.connect) {
+    if let Err(error) = wait_states(machine, store, &here, limits.connect) {
         errors.push(error);
     }
-    for (area, nodes) in &snapshot.areas {
+    for (area, nodes) in snapshot.areas.iter().filter(|(area, _)| !gone.contains(&area.as_str())) {
         if let Err(error) = restore(store, area, nodes, &[]) {
             errors.push(error);
         }
     }
     all(errors)
+}
+
+/// Its script does no more than make it the port of a bridge: others (routes, Open vSwitch, VLANs) must be run again.
+fn by_bridge(device: &Device) -> bool {
+    device.node("script").is_none_or(|script| script.ends_with("/vif-bridge")) && device.node("vlan").is_none()
 }
 
 /// Prefixes of the store's paths whose events the guest must not see after a [`rollback`].
@@ -308,8 +331,18 @@ pub(crate) fn run(machine: &dyn Machine, device: &Device, action: &str, limits: 
 /// Clears away what is left of the guest's devices here once it runs elsewhere and its domain is gone: scripts, bus
 /// devices, both areas. Goes on after an error.
 pub fn retire(machine: &dyn Machine, store: &mut dyn Store, devices: &[Device], limits: &Limits) -> Result<()> {
+    // Without its area a script can't do anything, and has done it: this is called until it succeeds.
+    let mut areas = Vec::new();
+    for device in devices {
+        if store.read(&device.backend)?.is_some() {
+            areas.push(device.bus_id());
+        }
+    }
     let mut errors: Vec<Error> = each(devices, |device| {
         unbind(machine, device)?;
+        if !areas.contains(&device.bus_id()) {
+            return Ok(());
+        }
         run(machine, device, if device.class == Class::Vif { "offline" } else { "remove" }, limits)
     })
     .into_iter()

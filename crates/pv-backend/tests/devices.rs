@@ -11,7 +11,7 @@ use fakes::{Host, disk, with_guest};
 use hypervisor::{DomId, PortState};
 use pv_backend::announce::announce;
 use pv_backend::destination::{check, connect, prepare};
-use pv_backend::device::{Class, Inventory, discover, judge_channels};
+use pv_backend::device::{Class, Inventory, changed, discover, judge_channels};
 use pv_backend::drain::{Channels, Grant};
 use pv_backend::frozen::Frozen;
 use pv_backend::machine::BridgePort;
@@ -220,6 +220,13 @@ fn a_release_waits_for_the_proof_and_a_rollback_leaves_no_trace() {
     assert_eq!(snapshot(&host, &mut host.store(), &found).unwrap(), with_port);
     let calls = host.state.lock().unwrap().calls.join("\n");
     assert!(calls.contains("join vif7.0 xenbr0") && !calls.contains("vif-bridge"), "{calls}");
+    // With its script where the bridge is not to be had that way.
+    host.state.lock().unwrap().bridges.clear();
+    release(&host, &Counting(&guest), &found, &Limits::default()).unwrap();
+    host.state.lock().unwrap().calls.clear();
+    rollback(&host, &mut host.store(), &Counting(&guest), &found, &with_port, &Limits::default()).unwrap();
+    let calls = host.state.lock().unwrap().calls.join("\n");
+    assert!(calls.contains("vif-bridge online"), "{calls}");
     // And once more does no harm.
     rollback(&host, &mut host.store(), &Counting(&guest), &found, &saved, &Limits::default()).unwrap();
 }
@@ -258,6 +265,61 @@ fn a_rollback_goes_on_after_a_device_that_fails_and_names_it() {
     let text = error.to_string();
     assert!(text.contains("vif-7-0: dom0's kernel can't bind it") && text.contains("went to state 6"), "{text}");
     assert!(host.state.lock().unwrap().bound.contains("vbd-7-51712"));
+}
+
+#[test]
+fn a_rollback_does_without_a_device_that_was_taken_away() {
+    let host = Host::new();
+    with_guest(&host, DOM);
+    let found = found(&host);
+    let saved = snapshot(&host, &mut host.store(), &found).unwrap();
+    let guest = Guest::drains_after(1);
+    release(&host, &Counting(&guest), &found, &Limits::default()).unwrap();
+    host.store().remove("/local/domain/0/backend/vif/7/0").unwrap();
+    host.store().remove("/local/domain/7/device/vif/0").unwrap();
+    rollback(&host, &mut host.store(), &Counting(&guest), &found, &saved, &Limits::default()).unwrap();
+    assert_eq!(host.state.lock().unwrap().bound, ["vbd-7-51712".to_owned()].into());
+    assert_eq!(host.get("/local/domain/0/backend/vif/7/0/state"), None, "nothing of it is made again");
+}
+
+#[test]
+fn devices_that_change_during_the_copying_are_noticed() {
+    let host = Host::new();
+    with_guest(&host, DOM);
+    let before = found(&host);
+    let differs = |change: &dyn Fn(&Host)| {
+        let host = Host::new();
+        with_guest(&host, DOM);
+        change(&host);
+        changed(&before, &found(&host)).unwrap_or_default()
+    };
+    assert_eq!(differs(&|_| {}), "");
+    assert_eq!(differs(&|h| h.store().remove("/local/domain/0/backend/vif/7/0").unwrap()), "vif 0 has gone");
+    assert_eq!(
+        differs(&|h| h.put("/local/domain/0/backend/vbd/7/51712/sectors", "9")),
+        "vbd 51712: its backend's node sectors changed"
+    );
+    assert_eq!(
+        differs(&|h| h.put("/local/domain/7/device/vif/0/event-channel-tx", "77")),
+        "vif 0 has other rings or event channels"
+    );
+    assert_eq!(
+        differs(&|h| h.put("/local/domain/7/store/port", "8")),
+        "its console or its connection with the store is another"
+    );
+    let mut less = before.clone();
+    less.devices.pop();
+    assert!(changed(&less, &before).unwrap().ends_with("has come"));
+}
+
+#[test]
+fn a_removal_whose_script_failed_ends_when_it_is_done_again() {
+    let host = Host::new();
+    with_guest(&host, DOM);
+    let found = found(&host);
+    host.state.lock().unwrap().script_fails = true;
+    retire(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap_err();
+    retire(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
 }
 
 /// The source's devices on another host that has no trace of the guest but its domain.

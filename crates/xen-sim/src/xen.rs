@@ -61,14 +61,20 @@ struct Inner {
     domains: BTreeMap<DomId, Domain>,
     free_pages: u64,
     extension: bool,
+    tsc_khz: u32,
     /// Features (ECX of leaf 1) that a guest can have: as told, and as set.
     features: (u32, u32),
 }
 
 impl SimXen {
     pub fn new(world: &Arc<World>, name: &str, uptime_ns: u64) -> SimXen {
-        let inner =
-            Inner { domains: BTreeMap::new(), free_pages: 1 << 20, extension: true, features: (u32::MAX, u32::MAX) };
+        let inner = Inner {
+            domains: BTreeMap::new(),
+            free_pages: 1 << 20,
+            extension: true,
+            tsc_khz: 2_000_000,
+            features: (u32::MAX, u32::MAX),
+        };
         SimXen {
             world: world.clone(),
             name: name.into(),
@@ -111,6 +117,25 @@ impl SimXen {
 
     pub fn set_extension(&self, loaded: bool) {
         lock(&self.inner).extension = loaded;
+    }
+
+    /// Makes a guest that was created or grew otherwise than the tests' guests do.
+    pub fn change(&self, dom: DomId, change: impl FnOnce(&mut GtState, &mut BTreeMap<Gfn, XenPage>)) {
+        if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
+            change(&mut domain.gt, &mut domain.placed);
+        }
+    }
+
+    /// The rate of this host's TSC, for guests whose TSC is never emulated.
+    pub fn set_tsc_khz(&self, khz: u32) {
+        lock(&self.inner).tsc_khz = khz;
+    }
+
+    /// The guest's TSC is never emulated.
+    pub fn make_tsc_native(&self, dom: DomId) {
+        if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
+            domain.tsc.mode = 2;
+        }
     }
 
     /// What the host's CPU can do, and what Xen leaves of it when it makes a guest.
@@ -272,7 +297,7 @@ impl Hypervisor for SimXen {
             free_pages: inner.free_pages,
             outstanding_pages: 0,
             cpus: 2,
-            tsc_khz: 2_000_000,
+            tsc_khz: inner.tsc_khz,
             physcaps: 0,
             extension: inner.extension.then_some(ExtensionInfo { abi_version: 1 }),
         })
@@ -381,7 +406,10 @@ impl Hypervisor for SimXen {
     }
 
     fn tsc_info(&self, dom: DomId) -> Result<TscInfo> {
-        self.with("XEN_DOMCTL_gettscinfo", dom, |d| Ok(d.tsc))
+        // Xen tells no rate in the mode that never emulates.
+        self.with("XEN_DOMCTL_gettscinfo", dom, |d| {
+            Ok(TscInfo { khz: if d.tsc.mode == 2 { 0 } else { d.tsc.khz }, ..d.tsc })
+        })
     }
 
     fn set_tsc_info(&self, dom: DomId, info: &TscInfo) -> Result<()> {

@@ -269,7 +269,25 @@ fn report(handle: &Handle) -> Report {
 
 #[test]
 fn a_guest_moves_whole() {
+    moves_whole(&Lab::new());
+}
+
+/// Xen does not say at what rate its TSC runs.
+#[test]
+fn a_guest_whose_tsc_is_never_emulated_moves_whole() {
     let lab = Lab::new();
+    lab.xen[0].make_tsc_native(DOM);
+    moves_whole(&lab);
+    let lab = Lab::new();
+    lab.xen[0].make_tsc_native(DOM);
+    lab.xen[1].set_tsc_khz(2_010_000);
+    let error = lab.migrate().error.unwrap();
+    assert!(error.contains("2000 MHz on a and 2010 MHz here"), "{error}");
+    lab.xen[1].set_tsc_khz(2_000_500);
+    assert!(lab.migrate().moved, "two hosts of a kind");
+}
+
+fn moves_whole(lab: &Lab) {
     let before = lab.xen[0].gt_state(DOM).unwrap();
     let asked = Instant::now();
     let report = lab.migrate();
@@ -557,4 +575,78 @@ fn features_that_xen_takes_out_end_the_migration() {
     let error = report.error.unwrap();
     assert!(error.contains("it lacks pclmulqdq"), "{error}");
     lab.settled_on(0);
+}
+
+#[test]
+fn what_cannot_be_carried_is_refused_by_name() {
+    type Change = fn(&mut hypervisor::GtState, &mut std::collections::BTreeMap<Gfn, hypervisor::XenPage>);
+    let cases: [(&str, Change); 4] = [
+        ("nested virtualisation", |gt, _| gt.create_flags |= 1 << 6),
+        ("passed-through devices", |gt, _| gt.create_flags |= 1 << 5),
+        ("vCPU 1 was taken down", |gt, _| (gt.vcpus[1].initialised, gt.vcpus[1].down) = (true, true)),
+        ("far above its memory", |_, placed| {
+            placed.insert(Gfn(1 << 36), hypervisor::XenPage::GrantFrame(7));
+        }),
+    ];
+    for (text, change) in cases {
+        let lab = Lab::new();
+        lab.xen[0].change(DOM, change);
+        let error = source::start(&lab.hosts[0], lab.request()).unwrap_err().to_string();
+        assert!(error.contains(text), "{text:?} is not in {error:?}");
+    }
+}
+
+/// What a peer asks for is judged before anything is made: sums do not overflow, and no domain with rights comes out of an offer.
+#[test]
+fn offers_that_no_guest_has_are_refused() {
+    use migrate::handshake::ToDestination;
+    use migrate::handshake::ToSource;
+    use migrate::wire::{Frame, Said};
+    let lab = Lab::new();
+    let (offer, _, _) = source::judge(&lab.hosts[0], DOM, &Limits::default()).unwrap();
+    let mut huge = offer.clone();
+    huge.shell.total_pages = u64::MAX;
+    huge.shell.ram = vec![(0, 1 << 63), (0, 1 << 63)];
+    let mut service = offer.clone();
+    service.shell.config.flags |= 1 << 4;
+    for (offer, text) in [(huge, "of free memory, the guest needs"), (service, "asks for a domain with flags 0x13")] {
+        let (sender, mut receiver) = lab.wire.connect("b").unwrap().greet().unwrap();
+        let details = serde_json::to_value(offer).unwrap();
+        sender.send(&Frame::ToDestination(Said { id: Uuid::new_v4(), word: ToDestination::Offer, details })).unwrap();
+        let Some(Frame::ToSource(answer)) = receiver.receive().unwrap() else { panic!("another answer") };
+        assert_eq!(answer.word, ToSource::Refuse);
+        assert!(answer.details.to_string().contains(text), "{text}: {answer:?}");
+        assert!(lab.xen[1].domain_info(DOM).is_err());
+    }
+}
+
+#[test]
+fn a_guest_that_somebody_pauses_meanwhile_stays_paused() {
+    let lab = Lab::new();
+    let xen = lab.xen[0].clone();
+    let hook: Hook = ("source.before.freeze".into(), Box::new(move || xen.pause(DOM).unwrap()));
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    let report = lab.migrate();
+    assert!(report.error.unwrap().contains("somebody has paused it"));
+    assert!(lab.xen[0].domain_info(DOM).unwrap().paused);
+    lab.xen[0].unpause(DOM).unwrap();
+    lab.settled_on(0);
+}
+
+/// S1: an operator who unpauses a copy that waits, and again because nothing happens.
+#[test]
+fn unpausing_a_waiting_copy_does_not_let_it_run() {
+    let lab = Lab::new();
+    let both = lab.xen.clone();
+    let hook: Hook = (
+        "destination.before.connect".into(),
+        Box::new(move || {
+            for xen in both {
+                (0..3).for_each(|_| xen.unpause(DOM).unwrap());
+            }
+        }),
+    );
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    assert!(lab.migrate().moved);
+    lab.settled_on(1);
 }

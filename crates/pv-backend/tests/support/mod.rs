@@ -216,7 +216,7 @@ impl Store for View<'_> {
 
 impl Machine for Host {
     fn is_present(&self, device: &str) -> bool {
-        self.state.lock().unwrap().bound.contains(device)
+        self.state.lock().unwrap().nodes.contains_key(&format!("/local/domain/0/backend/{}", device.replace('-', "/")))
     }
 
     fn is_bound(&self, _driver: &str, device: &str) -> bool {
@@ -281,6 +281,9 @@ impl Machine for Host {
     fn join_bridge(&self, device: &str, port: &BridgePort) -> io::Result<()> {
         let mut state = self.state.lock().unwrap();
         state.calls.push(format!("join {device} {}", port.bridge));
+        if !state.bridges.contains(&port.bridge) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
         state.bridge_ports.insert(device.to_owned(), port.clone());
         Ok(())
     }
