@@ -109,7 +109,12 @@ impl Wire {
     /// What the first (0) or the second host writes goes through its tap.
     fn tapped(&self, side: usize, link: Link) -> Link {
         let (tap, close) = (self.1[side].clone(), link.close.clone());
-        Link { writer: Box::new(Tapped { tap, inner: link.writer, close: close.clone() }), reader: link.reader, close }
+        Link {
+            writer: Box::new(Tapped { tap, inner: link.writer, close: close.clone() }),
+            reader: link.reader,
+            close,
+            patience: link.patience,
+        }
     }
 }
 

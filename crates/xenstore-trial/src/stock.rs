@@ -123,9 +123,9 @@ impl Programs {
     ///
     /// # Errors
     /// As [`Programs::start_stock`].
-    pub fn start_other(&self, program: &Path, xen: &FakeXen, run: &Path) -> Result<Stock> {
+    pub fn start_other(&self, program: &Path, options: &[&str], xen: &FakeXen, run: &Path) -> Result<Stock> {
         let mut c = Command::new(program);
-        c.arg("-N").env("LD_LIBRARY_PATH", &self.libraries).env("LD_PRELOAD", &self.stub);
+        c.arg("-N").args(options).env("LD_LIBRARY_PATH", &self.libraries).env("LD_PRELOAD", &self.stub);
         start(c, xen, run)
     }
 }

@@ -61,7 +61,7 @@ fn the_others_are_served_whatever_a_guest_does() {
     let programs = Programs::prepare(dir.path()).unwrap();
     let xen = FakeXen::create(&dir.path().join("xen")).unwrap();
     let ours = Path::new(env!("CARGO_BIN_EXE_xenstored-on-files"));
-    let daemon = programs.start_other(ours, &xen, &dir.path().join("run")).unwrap();
+    let daemon = programs.start_other(ours, &[], &xen, &dir.path().join("run")).unwrap();
     let mut tool = Connection::socket(daemon.socket()).unwrap();
     introduce(&mut tool, &xen, BYSTANDER);
     let mut bystander = Connection::ring(&xen, BYSTANDER).unwrap();

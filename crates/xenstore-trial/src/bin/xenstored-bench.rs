@@ -12,8 +12,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use xenstore_trial::FakeXen;
 use xenstore_trial::stock::{Programs, Stock};
+use xenstore_trial::{Connection, FakeXen};
 use xenstore_wire::{HEADER_LEN, Header, Op, payload};
 
 #[derive(Debug, Parser)]
@@ -27,6 +27,9 @@ struct Args {
     /// Milliseconds for each row
     #[arg(long, default_value_t = 500)]
     time: u64,
+    /// What the state journal costs: ours without it in the stock daemon's place, and rows for dom0's ring
+    #[arg(long, conflicts_with = "check")]
+    journal: bool,
     /// Fail unless ours is at least as fast as the stock C daemon on every row, takes at most half of its CPU time (beyond what the
     /// echo server takes) on those with several clients, and no more memory
     #[arg(long)]
@@ -104,6 +107,9 @@ enum Row {
     Directory,
     Transaction,
     Watch,
+    /// Through dom0's ring, by one client that looks at it every 20 µs.
+    RingRead,
+    RingWrite,
 }
 
 struct Figures {
@@ -127,10 +133,11 @@ impl Places {
     }
 }
 
-fn measure(d: &Stock, row: Row, clients: usize, nodes: usize, time: Duration) -> Result<Figures> {
+fn measure(d: &Stock, xen: &FakeXen, row: Row, clients: usize, nodes: usize, time: Duration) -> Result<Figures> {
     let socket = d.socket();
     let mut c = (0..clients).map(|_| Client::connect(socket)).collect::<Result<Vec<_>>>()?;
     let mut places = Places { next: 0, nodes };
+    let mut kernel = Connection::ring(xen, 0)?;
     let mut writer = Client::connect(socket)?;
     if row == Row::Watch {
         for (i, c) in c.iter_mut().enumerate() {
@@ -150,6 +157,16 @@ fn measure(d: &Stock, row: Row, clients: usize, nodes: usize, time: Duration) ->
     let start = Instant::now();
     while start.elapsed() < time {
         match row {
+            Row::RingRead | Row::RingWrite => {
+                let i = places.next();
+                let t = Instant::now();
+                if row == Row::RingRead {
+                    kernel.call(Op::Read, 0, &payload::join([path(i)]))?;
+                } else {
+                    kernel.call(Op::Write, 0, &write(i, "0123456789"))?;
+                }
+                times.push(t.elapsed());
+            }
             Row::Read | Row::Write | Row::Directory => {
                 let op = match row {
                     Row::Read => Op::Read,
@@ -328,14 +345,16 @@ fn main() -> Result<()> {
         let xen = FakeXen::create(&dir.path().join(format!("xen-{name}")))?;
         let run = dir.path().join(format!("run-{name}"));
         let d = match which {
+            STOCK if a.journal => programs.start_other(&ours, &["--no-journal"], &xen, &run)?,
             STOCK => programs.start_stock(&xen, &run, &[])?,
             OXENSTORED => programs.start_oxenstored(&xen, &run)?,
-            _ => programs.start_other(&ours, &xen, &run)?,
+            _ => programs.start_other(&ours, &[], &xen, &run)?,
         };
         Ok((d, xen))
     };
     let heads = format!("{:>8} {:>8} {:>8} {:>7}", "median", "p99", "ops/s", "CPU/op");
-    println!("{:34} {:>34}   {:>34}   {:>34}   ours/C", "times in µs", NAMES[STOCK], NAMES[OXENSTORED], NAMES[OURS]);
+    let first = if a.journal { "ours, no journal" } else { NAMES[STOCK] };
+    println!("{:34} {:>34}   {:>34}   {:>34}   ours/first", "times in µs", first, NAMES[OXENSTORED], NAMES[OURS]);
     println!("{:34} {heads}   {heads}   {heads}", "");
     let mut floors = Vec::new();
     for &clients in &a.clients {
@@ -364,13 +383,17 @@ fn main() -> Result<()> {
             daemons.push(Some(d));
         }
         for (&clients, floor) in a.clients.iter().zip(&floors) {
-            for row in [Row::Read, Row::Write, Row::Directory, Row::Transaction, Row::Watch] {
+            let mut rows = vec![Row::Read, Row::Write, Row::Directory, Row::Transaction, Row::Watch];
+            if a.journal && clients == 1 {
+                rows.extend([Row::RingRead, Row::RingWrite]);
+            }
+            for row in rows {
                 // Twice each, turn and turn about; the better one counts.
                 let mut best: [Option<Figures>; 3] = [None, None, None];
                 for _ in 0..2 {
                     for (best, d) in best.iter_mut().zip(&daemons) {
-                        let Some((d, _)) = d else { continue };
-                        let f = measure(d, row, clients, nodes, time / 2)?;
+                        let Some((d, xen)) = d else { continue };
+                        let f = measure(d, xen, row, clients, nodes, time / 2)?;
                         if best.as_ref().is_none_or(|b| f.rate > b.rate) {
                             *best = Some(f);
                         }

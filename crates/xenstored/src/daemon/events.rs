@@ -35,6 +35,9 @@ const MAX_UNREAD: usize = 20_000;
 /// Bytes offered to a socket in one write.
 const WRITE_SIZE: usize = 64 << 10;
 
+/// How often a domain that lives is connected anew after a kill, and how long between, in milliseconds.
+const RECONNECT_TRIES: u32 = 10;
+const RECONNECT_MS: u64 = 20;
 /// How long until a journal is tried again for which there was no room, in milliseconds.
 const RETRY_JOURNAL_MS: u64 = 10_000;
 
@@ -764,6 +767,20 @@ impl Daemon {
     }
 }
 
+/// Connects a domain of a daemon that was killed. The kernel may still be busy with closing that one's ends.
+fn connect_again(machine: &mut Machine, domid: u16, remote_port: u32) -> Result<u32, xenstore_wire::Errno> {
+    let mut tries = 0;
+    loop {
+        let r = machine.connect(domid, remote_port);
+        let lives = machine.domain_state(domid).is_some_and(|s| !s.dying);
+        if r.is_ok() || !lives || tries == RECONNECT_TRIES {
+            return r;
+        }
+        tries += 1;
+        std::thread::sleep(std::time::Duration::from_millis(RECONNECT_MS));
+    }
+}
+
 /// The store of a daemon that was killed, its rings taken up where it left them.
 fn come_back(options: Options, c: &Contents, machine: &mut Machine) -> anyhow::Result<Store> {
     let r = Store::recover(options, c.snapshot(), c.batches(), machine.now_ms())?;
@@ -771,7 +788,7 @@ fn come_back(options: Options, c: &Contents, machine: &mut Machine) -> anyhow::R
     for &(domid, remote_port) in &r.domains {
         let port = match domid {
             0 => machine.connect_dom0().context("dom0's own ring")?,
-            _ => match machine.connect(domid, remote_port) {
+            _ => match connect_again(machine, domid, remote_port) {
                 Ok(port) => port,
                 Err(e) => {
                     warn!(domid, port = remote_port, "it can't be connected again: {e}; ignored until it is gone");

@@ -10,7 +10,7 @@ use crc32fast::hash;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Seek, Write};
 use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -218,7 +218,7 @@ impl Journal {
         may_die_here();
         let size = DATA + snapshot.len() + batches.iter().map(|b| FRAME + b.len()).sum::<usize>();
         let full = size + ROOM.max(snapshot.len());
-        fallocate(&file, FallocateFlags::empty(), 0, full as u64).map_err(io::Error::from)?;
+        reserve(&mut file, full)?;
         let mut head = vec![0; DATA];
         let mut put = |at: usize, b: &[u8]| head[at..at + b.len()].copy_from_slice(b);
         put(0, MAGIC);
@@ -293,6 +293,24 @@ impl Journal {
     /// Bytes of the file.
     pub fn size(&self) -> usize {
         self.map.len
+    }
+}
+
+/// Gives a file all the blocks that it will need.
+fn reserve(file: &mut File, len: usize) -> io::Result<()> {
+    match fallocate(&*file, FallocateFlags::empty(), 0, len as u64) {
+        // ramfs, say: blocks are there once they are written.
+        Err(rustix::io::Errno::OPNOTSUPP) => {
+            let zeros = vec![0; 1 << 16];
+            let mut left = len;
+            while left > 0 {
+                let n = left.min(zeros.len());
+                file.write_all(&zeros[..n])?;
+                left -= n;
+            }
+            file.rewind()
+        }
+        r => Ok(r?),
     }
 }
 
