@@ -30,6 +30,32 @@ fn a_stream_is_written_again_byte_for_byte() {
 }
 
 #[test]
+fn the_checksum_of_the_buffer_is_that_of_its_bytes_however_it_is_emptied() {
+    let stream = transparent();
+    let (mut encoder, mut all, mut number) = (Encoder::new(), Vec::new(), 0);
+    decode(&stream, 4096, |event| {
+        encoder.event(event);
+        number += 1;
+        assert_eq!(encoder.crc(), crc32fast::hash(encoder.bytes()), "event {number}");
+        match number % 3 {
+            0 => all.extend(encoder.take()),
+            1 => {
+                all.extend_from_slice(encoder.bytes());
+                encoder.clear();
+            }
+            _ => {}
+        }
+        Ok(())
+    })
+    .unwrap();
+    all.extend(encoder.take());
+    assert!(all == stream);
+    let mut empty = Encoder::new();
+    empty.xl_header(b"{}");
+    assert_eq!(empty.crc(), crc32fast::hash(empty.bytes()));
+}
+
+#[test]
 fn good_streams_have_no_findings() {
     assert_eq!(findings(&transparent()), []);
     assert_eq!(findings(&ordinary()), []);
