@@ -3,6 +3,7 @@
 //! [`cli`] is the grammar, one module in [`commands`] per subcommand. A command returns `anyhow::Result`; what the shell
 //! sees of a failure is decided in [`exit`] alone.
 
+mod autostart;
 mod busy;
 pub mod cli;
 pub mod commands;

@@ -1,7 +1,7 @@
 //! The real service domain, put together from pv-backend and xenstore-client for the engine.
 
 use crate::keeper::Book;
-use crate::undo;
+use crate::{autostart, undo};
 use hypervisor::{DomId, GtPortKind, Hypervisor};
 use migrate::guest::{Device, GuestKind, Identity, Offer};
 use migrate::toolstack::{Description, Luggage, Toolstack};
@@ -13,7 +13,7 @@ use pv_backend::frozen::{self, Frozen};
 use pv_backend::records::{self, Node, Records};
 use pv_backend::source::Limits;
 use pv_backend::store::Store;
-use pv_backend::{announce, console, destination, device, source};
+use pv_backend::{Refusal, announce, console, destination, device, source};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -131,6 +131,11 @@ impl Toolstack for ServiceDomain {
         let inventory = device::discover(&mut store, dom.0).doing("find its devices")?;
         let mut refused = inventory.refused.clone();
         refused.extend(device::judge_channels(&*self.hypervisor, &inventory).doing("look who is connected with it")?);
+        if let Some(config) = autostart::starts(Path::new(autostart::FOLDER), &name, info.uuid) {
+            let why =
+                "starts it when this host boots, while it runs elsewhere; move that file to the destination first";
+            refused.push(Refusal::new(config.display().to_string(), why));
+        }
         if !refused.is_empty() {
             let list: Vec<String> = refused.iter().map(ToString::to_string).collect();
             return Err(Trouble::new(list.join("; ")));

@@ -27,6 +27,8 @@ use uuid::Uuid;
 
 /// Pages read, and sent in one record.
 const BATCH: usize = 1024;
+/// So many times everything is sent once more because the guest's memory has changed in size.
+const MAX_RESIZES: u32 = 5;
 /// Time between two pings while waiting.
 const PING_EVERY: Duration = Duration::from_secs(2);
 
@@ -285,6 +287,9 @@ struct Run {
     precopy: Precopy,
     /// gfns that were sent with contents or as zero, and are there.
     known: BTreeSet<Gfn>,
+    /// How much memory it had at the last look, and whether that was another amount than at the one before.
+    size: u64,
+    resized: bool,
     state: Option<GuestState>,
     timeline: Option<Timeline>,
     paused_at_ns: u64,
@@ -307,6 +312,7 @@ impl Run {
     ) -> Run {
         let (input_tx, input) = mpsc::channel();
         let now = Instant::now();
+        let size = offer.shell.total_pages;
         Run {
             host: host.clone(),
             id,
@@ -334,6 +340,8 @@ impl Run {
             digest: Digest::default(),
             precopy: Precopy::default(),
             known: BTreeSet::new(),
+            size,
+            resized: false,
             state: None,
             timeline: None,
             paused_at_ns: 0,
@@ -833,6 +841,7 @@ impl Run {
         let mut todo: Vec<Gfn> = gfns(&offer.shell.ram).collect();
         self.progress(|p| p.total_pages = offer.shell.total_pages);
         self.precopy = Precopy::new(self.limits.clone());
+        let mut resizes = 0;
         loop {
             self.precopy.begin_round();
             self.send_pages(&todo)?;
@@ -847,6 +856,19 @@ impl Run {
             });
             // What this look at the bitmap has marked clean is sent in the next round, or after the pause.
             todo = bitmap.iter().collect();
+            self.look_at_size()?;
+            if std::mem::take(&mut self.resized) {
+                resizes += 1;
+                if resizes > MAX_RESIZES {
+                    self.ending = Ending::GivenUp;
+                    return Err(
+                        Trouble::new("its memory changes in size all the time").todo("wait until its balloon rests")
+                    );
+                }
+                let now: BTreeSet<Gfn> = hv.ram_gfns(dom)?.into_iter().collect();
+                todo = now.union(&self.known).copied().collect();
+                continue;
+            }
             match judgement {
                 Judgement::Again => {}
                 Judgement::Freeze => {
@@ -861,6 +883,15 @@ impl Run {
         }
     }
 
+    /// Xen does not mark a page that a guest gets while its writes are watched, and marks writes to it only after the next look at the bitmap
+    /// (`p2m_add_page`, xen/arch/x86/mm/p2m.c). So if memory went and came, everything is sent once more.
+    fn look_at_size(&mut self) -> Result<()> {
+        let size = self.host.hypervisor.domain_info(self.dom())?.total_pages;
+        self.resized |= size != self.size;
+        self.size = size;
+        Ok(())
+    }
+
     fn bitmap(&self) -> Result<DirtyBitmap> {
         let hv = &*self.host.hypervisor;
         Ok(DirtyBitmap::new(preflight::reach(hv, &hv.domain_info(self.dom())?)?.0 + 1))
@@ -872,6 +903,7 @@ impl Run {
         let mut left = pages.len() as u64;
         for batch in pages.chunks(BATCH) {
             self.check()?;
+            self.look_at_size()?;
             let buffer = buffer.get_mut(..batch.len() * PAGE_SIZE).ok_or_else(|| Trouble::new("batch too long"))?;
             let read = hv.read_pages(self.dom(), batch, buffer).doing("read the guest's memory")?;
             let (mut full, mut zero, mut gone) = (Vec::new(), Vec::new(), Vec::new());
@@ -947,6 +979,11 @@ impl Run {
             hv.set_gt_state(dom, GtStep::Watchdogs, &disarmed)?;
         }
         self.still_whole()?;
+        self.look_at_size()?;
+        if self.resized {
+            return Err(Trouble::new("its memory changed in size just before the pause")
+                .todo("try again when its balloon rests"));
+        }
         self.mark("read clocks, disarm watchdogs");
         self.host.toolstack.freeze(&self.guest).doing("freeze the store and console")?;
         self.mark("freeze the store and console");

@@ -228,6 +228,20 @@ fn judge(store: &mut dyn Store, inventory: &mut Inventory, backend: &str, kind: 
         ));
         return Ok(());
     }
+    // What these have made netback keep goes with its unbind, and nobody can read it.
+    if class == Class::Vif && store.text(&format!("{frontend}/request-multicast-control"))?.as_deref() == Some("1") {
+        refuse(
+            "its frontend has netback filter multicast, and the list of groups can't be moved; switch that off in the guest's driver",
+        );
+        return Ok(());
+    }
+    if class == Class::Vif && store.read(&format!("{frontend}/event-channel-ctrl"))?.is_some() {
+        refuse(
+            "its frontend has given netback a hash for its queues (control ring), which can't be moved; switch receive-side scaling off in \
+             the guest's driver",
+        );
+        return Ok(());
+    }
     let (mut ports, mut queues, mut ring_order) = (Vec::new(), 1, 0);
     if backend_state == "4" {
         (ports, queues, ring_order) = rings(store, &frontend)?;

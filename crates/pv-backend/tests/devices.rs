@@ -156,6 +156,20 @@ fn what_cannot_move_is_refused_by_name() {
 }
 
 #[test]
+fn what_only_netback_knows_is_refused() {
+    for (node, wanted) in [
+        ("request-multicast-control", "vif 0: its frontend has netback filter multicast"),
+        ("event-channel-ctrl", "vif 0: its frontend has given netback a hash"),
+    ] {
+        let host = Host::new();
+        with_guest(&host, DOM);
+        host.put(&format!("/local/domain/7/device/vif/0/{node}"), "1");
+        let text = refusals(&found(&host).refused);
+        assert!(text.contains(wanted), "{wanted:?} is not in\n{text}");
+    }
+}
+
+#[test]
 fn channels_to_others_are_refused() {
     let host = Host::new();
     with_guest(&host, DOM);

@@ -35,6 +35,9 @@ pub struct Domain {
     pub vcpus: u32,
     pub program: Option<Program>,
     pub raised: BTreeSet<Port>,
+    /// Pages that the guest gives up at the second reading of its memory, and takes again, with contents, at the third.
+    pub balloon: Vec<Gfn>,
+    pub reads: u32,
 }
 
 impl Domain {
@@ -65,6 +68,8 @@ impl Domain {
             vcpus: 0,
             program: None,
             raised: BTreeSet::new(),
+            balloon: Vec::new(),
+            reads: 0,
         }
     }
 
@@ -98,6 +103,18 @@ impl Domain {
             let (gfn, offset) = program.target(n);
             self.guest_write(gfn, offset, &n.to_le_bytes());
             self.guest_write(COUNTER, 0, &n.to_le_bytes());
+        }
+    }
+
+    /// Its memory is being read once more. As in Xen, nothing marks pages that come, nor what is written into them before the next look.
+    pub fn read_again(&mut self) {
+        self.reads += 1;
+        for gfn in &self.balloon {
+            match self.reads {
+                2 => drop(self.pages.remove(gfn)),
+                3 => drop(self.pages.insert(*gfn, Some(Box::new([0x77; PAGE_SIZE])))),
+                _ => {}
+            }
         }
     }
 

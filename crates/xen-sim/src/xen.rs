@@ -138,6 +138,13 @@ impl SimXen {
         }
     }
 
+    /// The guest will give these pages up and take them again while its memory is copied.
+    pub fn balloon(&self, dom: DomId, pages: &[Gfn]) {
+        if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
+            (domain.balloon, domain.reads) = (pages.to_vec(), 0);
+        }
+    }
+
     /// What the host's CPU can do, and what Xen leaves of it when it makes a guest.
     pub fn set_features(&self, told: u32, set: u32) {
         lock(&self.inner).features = (told, set);
@@ -484,6 +491,7 @@ impl Hypervisor for SimXen {
                 }
             };
             let answer = gfns.iter().zip(buf.chunks_exact_mut(PAGE_SIZE)).map(read).collect();
+            d.read_again();
             d.run();
             Ok(answer)
         })

@@ -647,11 +647,26 @@ fn unpausing_a_waiting_copy_does_not_let_it_run() {
         "destination.before.connect".into(),
         Box::new(move || {
             for xen in both {
-                (0..3).for_each(|_| xen.unpause(DOM).unwrap());
+                (0..3).for_each(|_| drop(xen.unpause(DOM)));
             }
         }),
     );
     *lab.planted.2.lock().unwrap() = Some(hook);
     assert!(lab.migrate().moved);
     lab.settled_on(1);
+}
+
+/// What a guest writes into pages that it has just got back is not marked.
+#[test]
+fn a_guest_whose_balloon_works_moves_whole() {
+    let lab = Lab::new();
+    let pages: Vec<Gfn> = (400..410).map(Gfn).collect();
+    lab.xen[0].balloon(DOM, &pages);
+    let report = lab.migrate();
+    assert!(report.moved, "{report:?}");
+    lab.settled_on(1);
+    let (_, memory) = lab.xen[1].guest_memory(DOM).unwrap();
+    for gfn in pages {
+        assert!(memory[&gfn] == [0x77; 4096], "{gfn}");
+    }
 }
