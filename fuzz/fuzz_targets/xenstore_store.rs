@@ -24,8 +24,8 @@ impl Host for Table {
     fn connect(&mut self, domid: u16, port: u32) -> Result<u32, Errno> {
         self.domain_state(domid).map(|_| port).ok_or(Errno::ENOENT)
     }
-    fn adopt(&mut self, _: u16, _: u32) -> Result<(), Errno> {
-        Ok(())
+    fn adopt(&mut self, _: u16, _: u32) -> Result<u32, Errno> {
+        Ok(0)
     }
     fn rebind(&mut self, _: u16, _: u32, port: u32) -> Result<u32, Errno> {
         Ok(port)

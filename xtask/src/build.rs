@@ -13,6 +13,7 @@ const STATIC: &[(&str, &str)] = &[
     ("lab-agent", "lab-agent"),
     ("lab-agent", "lab-remote"),
     ("witness", "witness"),
+    ("witness", "vandal"),
     ("ferry", "ferry"),
     ("xenstored", "xenstored"),
     ("xen-host", "extension-trial"),

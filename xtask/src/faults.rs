@@ -3,14 +3,12 @@
 //! The points are those of `migrate::fault_points`. A scenario is written with one `fault` step for each; a guest goes to and
 //! fro between one pair of hosts for as long as all goes well. A failed step ends a run, and the rest gets new hosts.
 
-use crate::build;
-use anyhow::{Context, Result, bail};
+use crate::generated::{self, Runner};
+use anyhow::{Result, bail};
 use migrate::fault_points::{self, Lead, Plant};
 use serde_json::Value;
 use std::fmt::Write as _;
-use std::fs;
-use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 /// What is run.
 #[derive(Debug, clap::Args)]
@@ -70,16 +68,8 @@ fn cases(options: &Options) -> Vec<Case> {
         .collect()
 }
 
-/// The hosts and the guest. It is small, so that a move is short.
+/// The guest, behind its hosts. It is small, so that a move is short.
 const STAGE: &str = r#"
-[[host]]
-name = "a"
-ferry = true
-
-[[host]]
-name = "b"
-ferry = true
-
 [[disk]]
 name = "lun"
 delay = "5ms"
@@ -125,8 +115,9 @@ fn scenario(cases: &[Case]) -> String {
     let seconds = 600 + cases.len() * SECONDS_EACH;
     let mut text = format!(
         "about = \"Faults at {} points of the handshake, one after another: one host runs the guest, which notices nothing.\"\n\
-         time-limit = \"{seconds}s\"\n{STAGE}",
-        cases.len()
+         time-limit = \"{seconds}s\"\n\n{}{STAGE}",
+        cases.len(),
+        generated::two_hosts("2G")
     );
     for case in cases {
         let faults: Vec<String> = case.faults().iter().map(|f| format!("{f:?}")).collect();
@@ -149,13 +140,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let lab = build::everything()?;
-    let folder = build::root()?.join("target/faults");
-    fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+    let runner = Runner::new("faults")?;
     let mut done: Vec<Outcome> = Vec::new();
     while let Some(rest) = cases.get(done.len()..).filter(|rest| !rest.is_empty()) {
         let chunk = rest.get(..options.chunk.min(rest.len())).unwrap_or(rest);
-        let outcomes = run_chunk(&lab, &folder, done.len(), chunk)?;
+        let outcomes = run_chunk(&runner, done.len(), chunk)?;
         done.extend(outcomes);
     }
     println!("\n=== faults");
@@ -179,22 +168,9 @@ fn describe(case: &Case) -> String {
 }
 
 /// Runs a scenario for these; gives the outcome of those that it came to, at least one.
-fn run_chunk(lab: &Path, folder: &Path, first: usize, chunk: &[Case]) -> Result<Vec<Outcome>> {
-    let name = format!("faults-{first:03}");
-    let (file, json) = (folder.join(format!("{name}.toml")), folder.join(format!("{name}.json")));
-    fs::write(&file, scenario(chunk)).with_context(|| format!("write {}", file.display()))?;
-    let _ = fs::remove_file(&json);
-    let limit = (900 + chunk.len() * SECONDS_EACH).to_string();
-    Command::new(lab)
-        .arg("run")
-        .args(["--wait", "600", "--time-limit", &limit, "--json"])
-        .args([&json, &file])
-        .current_dir(build::root()?)
-        .status()
-        .with_context(|| format!("run {}", lab.display()))?;
-    let text = fs::read(&json).context("the lab left no report: it was ended, or its hosts did not come up")?;
-    let report = serde_json::from_slice(&text).with_context(|| format!("read {}", json.display()))?;
-    outcomes(&report, chunk).with_context(|| format!("{}", json.display()))
+fn run_chunk(runner: &Runner, first: usize, chunk: &[Case]) -> Result<Vec<Outcome>> {
+    let report = runner.run(&format!("faults-{first:03}"), &scenario(chunk), 900 + chunk.len() * SECONDS_EACH)?;
+    outcomes(&report, chunk)
 }
 
 /// Reads the lab's report: which faults it came to, and what was wrong.
@@ -246,7 +222,10 @@ fn move_of(evidence: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::build;
     use serde_json::json;
+    use std::fs;
+    use std::path::Path;
 
     fn options(step: Option<&str>, kind: Option<&str>) -> Options {
         Options { step: step.map(str::to_owned), kind: kind.map(str::to_owned), list: false, skip: 0, chunk: 24 }

@@ -1,10 +1,12 @@
 //! `cargo xtask`: every task of the project that is not a plain cargo command.
 
+mod blackout;
 mod build;
 mod checks;
 mod extension;
 mod faults;
 mod fuzz;
+mod generated;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
@@ -60,12 +62,8 @@ enum Task {
     Faults(faults::Options),
     /// Time something against its stock counterpart.
     Bench {
-        /// What: `xenstored`
-        #[arg(value_parser = ["xenstored"])]
-        what: String,
-        /// Arguments for it (`--help` lists them)
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<OsString>,
+        #[command(subcommand)]
+        what: Bench,
     },
     /// Run fuzz targets, two at once; an input that makes one crash is kept.
     Fuzz(fuzz::Options),
@@ -76,6 +74,19 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// Our xenstored against the stock one.
+    #[command(disable_help_flag = true)]
+    Xenstored {
+        /// Arguments for it (`--help` lists them)
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+    /// How long a guest is away by ferry migrate and by stock xl migrate, on two real Xen hosts in the lab.
+    Blackout(blackout::Options),
 }
 
 fn main() -> ExitCode {
@@ -95,7 +106,8 @@ fn main() -> ExitCode {
             checks::run(extent).map(|()| ExitCode::SUCCESS)
         }
         Task::Faults(options) => faults::run(&options),
-        Task::Bench { what, arguments } => bench(&what, &arguments),
+        Task::Bench { what: Bench::Xenstored { arguments } } => bench("xenstored", &arguments),
+        Task::Bench { what: Bench::Blackout(options) } => blackout::run(&options),
         Task::Fuzz(options) => fuzz::run(&options).map(|()| ExitCode::SUCCESS),
         Task::Lab { arguments } => lab(&arguments),
     };

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 use xenstore_client::{Access, Client, Nodes, Perm};
 use xenstored::Options;
-use xenstored::daemon::{Daemon, log::Log};
+use xenstored::daemon::{Daemon, JournalPlace, log::Log};
 
 fn run(socket: &Path, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_ferry-store")).arg("--socket").arg(socket).args(args).output().unwrap()
@@ -23,7 +23,8 @@ fn list_export_change_compare_import() {
     // SAFETY: the only test of this process, before any thread is started.
     unsafe { std::env::set_var("XENSTORED_PATH", &socket) };
     let log = Log::start(None, false, false).unwrap();
-    std::thread::spawn(move || Daemon::start(Options::default(), log, None).unwrap().run());
+    let place = JournalPlace { dir: dir.path().to_owned(), on: false };
+    std::thread::spawn(move || Daemon::start(Options::default(), log, None, place).unwrap().run());
     let end = Instant::now() + Duration::from_secs(20);
     while UnixStream::connect(&socket).is_err() {
         assert!(Instant::now() < end);

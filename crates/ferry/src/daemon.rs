@@ -4,12 +4,13 @@ use crate::busy::Busy;
 use crate::config::Config;
 use crate::control::{Answer, DryRun, Migrate, Request, Status};
 use crate::exit::Exit;
+use crate::keeper::{self, Book};
 use crate::learned::Learned;
 use anyhow::{Context, Result, bail};
 use hypervisor::{DirtyBitmap, DomId, Hypervisor};
 use migrate::destination::{Destinations, role_of};
 use migrate::fault_points::Plant;
-use migrate::handshake::Denied;
+use migrate::handshake::{Denied, DestinationState, SourceState};
 use migrate::host::{Fault, Faults, Host, NoFaults, Timeouts};
 use migrate::journal::{Journal, Role};
 use migrate::link::{Connector, Link, Tcp};
@@ -126,8 +127,21 @@ impl Daemon {
         self.outgoing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a migration has the domain in hand, so that its shutting down is nobody else's concern.
+    fn is_busy(&self, dom: DomId) -> bool {
+        let leaving = |state: Option<SourceState>| {
+            !matches!(state, Some(SourceState::RolledBack | SourceState::Left | SourceState::Closed(_)))
+        };
+        self.outgoing().iter().any(|h| h.domid == dom && leaving(h.state()))
+            || self.destinations.list().iter().any(|i| i.domid == dom && i.state != DestinationState::Running)
+    }
+
     /// Serves until the process ends.
     pub fn serve(self: &Arc<Self>) -> Result<()> {
+        let daemon = self.clone();
+        keeper::start(Book::open(&self.config.state_dir)?, self.host.hypervisor.clone(), move |dom| {
+            daemon.is_busy(dom)
+        })?;
         if self.config.transport.insecure_tcp {
             let address = self.config.listen();
             let listener = TcpListener::bind(address).with_context(|| format!("listen on {address}"))?;

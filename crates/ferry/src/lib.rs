@@ -13,6 +13,8 @@ pub mod daemon;
 pub mod domain;
 pub mod exit;
 pub mod host_check;
+pub mod keeper;
 pub mod learned;
 pub mod toolstack;
 mod undo;
+pub mod xl_config;

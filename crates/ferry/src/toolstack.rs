@@ -1,5 +1,6 @@
 //! The real service domain, put together from pv-backend and xenstore-client for the engine.
 
+use crate::keeper::Book;
 use crate::{autostart, undo};
 use hypervisor::{DomId, GtPortKind, Hypervisor};
 use migrate::guest::{Device, GuestKind, Identity, Offer};
@@ -32,6 +33,8 @@ pub struct ServiceDomain {
     /// What a roll-back needs, one file for each guest that is frozen.
     undo: PathBuf,
     holds: Mutex<BTreeMap<u16, Hold>>,
+    /// Guests that came in and have no process of `xl`.
+    book: Book,
 }
 
 impl std::fmt::Debug for ServiceDomain {
@@ -60,7 +63,14 @@ impl ServiceDomain {
     pub fn new(hypervisor: Arc<dyn Hypervisor>, state: &Path) -> Result<ServiceDomain> {
         let undo = state.join("undo");
         std::fs::create_dir_all(&undo)?;
-        Ok(ServiceDomain { hypervisor, machine: Dom0, limits: Limits::default(), undo, holds: Mutex::default() })
+        Ok(ServiceDomain {
+            hypervisor,
+            machine: Dom0,
+            limits: Limits::default(),
+            undo,
+            holds: Mutex::default(),
+            book: Book::open(state)?,
+        })
     }
 
     /// The domain that an operator means by a name or a number.
@@ -230,6 +240,7 @@ impl Toolstack for ServiceDomain {
         let uuid = guest.identity.uuid.to_string();
         records::remove(&mut store, domid, &uuid, Path::new(records::USERDATA)).doing("remove its records")?;
         records::quarantine(domid, Path::new(records::RUN)).doing("")?;
+        self.book.remove(guest.identity.uuid)?;
         undo::remove(&self.undo, guest.identity.uuid)
     }
 
@@ -310,6 +321,10 @@ impl Toolstack for ServiceDomain {
     }
 
     fn announce(&self, offer: &Offer) -> Result<()> {
+        let identity = &offer.identity;
+        self.book
+            .add(identity.domid.0, identity.uuid, &identity.name)
+            .doing("note that its shutting down is to be watched for")?;
         let inventory = inventory(&offer.toolstack)?;
         announce::announce(&self.machine, &inventory.devices).doing("")?;
         let (machine, devices) = (self.machine, inventory.devices);

@@ -87,7 +87,7 @@ pub struct SharedInfoReport {
 /// How long looking took, microseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timing {
-    /// From before the pause to after the unpause; 0 if the guest was not paused.
+    /// From before the pause to the call that ends it; 0 if the guest was not paused.
     pub paused_us: u64,
     /// What the pause was spent on.
     pub parts_us: BTreeMap<String, u64>,
@@ -117,13 +117,18 @@ pub fn inspect(hv: &dyn Hypervisor, dom: DomId, pause: bool) -> Result<GuestStat
     if pause {
         hv.pause(dom)?;
     }
+    let pausing_us = micros(start);
     let held = held_part(hv, &info, extension);
+    // What follows the call is the guest's time again: on a host with one processor it may run before this program does.
+    let paused_us = if pause { micros(start) } else { 0 };
     if pause {
         // Whatever went wrong while looking, the guest goes on first.
         hv.unpause(dom)?;
     }
-    let paused_us = if pause { micros(start) } else { 0 };
-    let held = held?;
+    let mut held = held?;
+    if pause {
+        held.parts_us.insert("pause".to_owned(), pausing_us);
+    }
 
     Ok(GuestState {
         xen: host.version.to_string(),

@@ -172,6 +172,15 @@ impl Witnesses<'_> {
     }
 }
 
+/// Whether any vCPU has a timer armed: a running guest nearly always has.
+pub fn has_timer(state: &GuestState) -> bool {
+    state.gt.as_ref().is_some_and(armed)
+}
+
+fn armed(gt: &GtState) -> bool {
+    gt.vcpus.iter().any(|v| v.singleshot_ns.is_some() || v.periodic_period_ns != 0)
+}
+
 /// Everything in which the inspection is at odds with the others; empty if they agree.
 pub fn disagreements(state: &GuestState, others: &Witnesses<'_>) -> Vec<String> {
     let mut odds = Odds::default();
@@ -297,7 +306,7 @@ impl Odds {
                 }
             }
         }
-        if gt.vcpus.iter().all(|v| v.singleshot_ns.is_none() && v.periodic_period_ns == 0) {
+        if !armed(gt) {
             self.0.push("no vCPU has a timer armed".to_owned());
         }
     }

@@ -1,6 +1,6 @@
 //! A whole run of a scenario: boots its hosts, carries out its steps, judges, reports, and leaves nothing behind.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -258,17 +258,28 @@ impl Attempt<'_> {
             file(self.assets.kernel_image.clone(), "kernel", 0o644),
             file(static_binary("lab-remote")?, "lab-remote", 0o755),
         ];
+        let pack = |init: &str| -> Result<PathBuf> {
+            let ramdisk = self.scratch.join(format!("{init}-ramdisk"));
+            guest::ramdisk(&ramdisk, &static_binary(init)?, &self.assets.kernel, guest::FRONTENDS, &[])
+                .with_context(|| format!("make the ramdisk with {init}"))?;
+            Ok(ramdisk)
+        };
         if self.scenario.guests.iter().any(|g| g.witness && g.ramdisk.is_none()) {
-            let ramdisk = self.scratch.join("witness-ramdisk");
-            guest::ramdisk(&ramdisk, &static_binary("witness")?, &self.assets.kernel, guest::FRONTENDS, &[])
-                .context("make the witness's ramdisk")?;
-            files.push(file(ramdisk, "ramdisk", 0o644));
+            files.push(file(pack("witness")?, "ramdisk", 0o644));
         }
-        if let Some(guest) =
-            self.scenario.guests.iter().find(|g| !g.witness && g.ramdisk.is_none() && g.kernel.is_none())
+        let inits: BTreeSet<&str> =
+            self.scenario.guests.iter().filter_map(|g| Some(g.init.as_ref()?.get_ref().as_str())).collect();
+        for init in inits {
+            files.push(HostFile { local: pack(init)?, remote: plan::init_ramdisk(init), mode: 0o644 });
+        }
+        if let Some(guest) = self
+            .scenario
+            .guests
+            .iter()
+            .find(|g| !g.witness && g.init.is_none() && g.ramdisk.is_none() && g.kernel.is_none())
         {
             bail!(
-                "guest {}: it has no witness, so name a kernel (and a ramdisk, if it needs one)",
+                "guest {}: it has no witness, so name an init, or a kernel (and a ramdisk, if it needs one)",
                 guest.name.get_ref()
             );
         }

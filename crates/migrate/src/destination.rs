@@ -16,7 +16,7 @@ use crate::restore::{self, Away, PAUSES};
 use crate::source::{GoDetails, StepsDetails, WhyDetails, kebab};
 use crate::toolstack::Luggage;
 use crate::trouble::{Doing, Result, Trouble};
-use crate::wire::{Frame, Said};
+use crate::wire::{Digest, Frame, Piece, Said};
 use hypervisor::{DomId, Gfn, GtPortKind, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -30,6 +30,10 @@ use uuid::Uuid;
 const QUEUE: usize = 16;
 /// How long an incoming migration that nobody talks to keeps its thread.
 const IDLE: Duration = Duration::from_secs(1);
+
+/// Zero pages written at a time, and what is written.
+const ZERO_PAGES: usize = 256;
+static ZEROES: [u8; ZERO_PAGES * PAGE_SIZE] = [0; ZERO_PAGES * PAGE_SIZE];
 
 /// So many times nothing was heard, and a refused migration is forgotten.
 const FORGET_AFTER: u32 = 600;
@@ -54,7 +58,7 @@ struct Kept {
 #[derive(Debug)]
 enum Input {
     Word(Sender, Said<ToDestination>),
-    Stream(Sender, Vec<u8>),
+    Stream(Sender, Piece),
     Lost(Sender),
     Operator(bool, mpsc::Sender<std::result::Result<(), Denied>>),
 }
@@ -172,8 +176,8 @@ impl Destinations {
                     }
                 }
                 Ok(Some(Frame::Pong(_))) => {}
-                Ok(Some(Frame::Stream(bytes))) => match &image {
-                    Some(tx) if tx.send(Input::Stream(sender.clone(), bytes)).is_ok() => {}
+                Ok(Some(Frame::Stream(piece))) => match &image {
+                    Some(tx) if tx.send(Input::Stream(sender.clone(), piece)).is_ok() => {}
                     _ => break "memory without an offer that was accepted".into(),
                 },
                 Ok(Some(Frame::ToDestination(said))) => {
@@ -251,7 +255,7 @@ struct Run {
     offer: Option<Offer>,
     shell_is_ours: bool,
     reader: Reader,
-    digest: crc32fast::Hasher,
+    digest: Digest,
     populated: BTreeSet<Gfn>,
     restored: Option<(GuestState, Luggage)>,
     away: Away,
@@ -287,7 +291,7 @@ impl Run {
             offer: None,
             shell_is_ours: false,
             reader: Reader::default(),
-            digest: crc32fast::Hasher::new(),
+            digest: Digest::default(),
             populated: BTreeSet::new(),
             restored: None,
             away: Away::default(),
@@ -371,11 +375,11 @@ impl Run {
                 self.link = Some(link);
                 self.word(said);
             }
-            Input::Stream(link, bytes) => {
+            Input::Stream(link, piece) => {
                 let present = self.link.as_ref().is_some_and(|l| l.is(&link));
                 if present
                     && self.machine.state() == DestinationState::Receiving
-                    && let Err(error) = self.receive(&bytes)
+                    && let Err(error) = self.receive(piece)
                 {
                     self.fail("receive memory", error);
                 }
@@ -610,7 +614,7 @@ impl Run {
         let details = match word {
             ToSource::Refuse | ToSource::Returned => serde_json::to_value(WhyDetails { why: self.why.clone() }),
             ToSource::Ready | ToSource::Running => {
-                let digest = self.digest.clone().finalize();
+                let digest = self.digest.value();
                 let blackout_us = self.blackout_ns / 1000;
                 serde_json::to_value(StepsDetails { steps: self.timeline.steps().to_vec(), digest, blackout_us })
             }
@@ -664,12 +668,12 @@ impl Run {
         Ok(None)
     }
 
-    fn receive(&mut self, bytes: &[u8]) -> Result<()> {
-        self.digest.update(bytes);
+    fn receive(&mut self, piece: Piece) -> Result<()> {
+        self.digest.add(piece.crc, piece.bytes.len());
         let hv = self.host.hypervisor.clone();
         let dom = self.offer.as_ref().map(|o| o.identity.domid).ok_or_else(|| Trouble::new("there is no offer"))?;
         let populated = &mut self.populated;
-        self.reader.feed(bytes, |pages| write_pages(&*hv, dom, populated, pages))
+        self.reader.feed(piece.bytes, |pages| write_pages(&*hv, dom, populated, pages))
     }
 
     fn restore(&mut self) -> Result<()> {
@@ -786,27 +790,29 @@ fn write_pages(
     populated: &mut BTreeSet<Gfn>,
     pages: Pages<'_>,
 ) -> Result<()> {
-    let new: Vec<Gfn> = pages
-        .with_data
-        .iter()
-        .map(|(gfn, _)| *gfn)
-        .chain(pages.zero.iter().copied())
-        .filter(|gfn| !populated.contains(gfn))
-        .collect();
+    let there = pages.with_data.iter().chain(&pages.zero).copied();
+    let new: Vec<Gfn> = there.filter(|gfn| !populated.contains(gfn)).collect();
     if !new.is_empty() {
         hv.populate(dom, &new, 0).doing("make room for memory that the guest got meanwhile")?;
         populated.extend(new);
     }
-    let gfns: Vec<Gfn> = pages.with_data.iter().map(|(gfn, _)| *gfn).chain(pages.zero.iter().copied()).collect();
-    let mut data = Vec::with_capacity(gfns.len() * PAGE_SIZE);
-    pages.with_data.iter().for_each(|(_, page)| data.extend_from_slice(page));
-    data.resize(gfns.len() * PAGE_SIZE, 0);
-    for (gfn, written) in gfns.iter().zip(hv.write_pages(dom, &gfns, &data)?) {
-        written.map_err(|errno| Trouble::new(format!("write page {gfn}: {errno}")))?;
+    write(hv, dom, &pages.with_data, pages.data)?;
+    for gfns in pages.zero.chunks(ZERO_PAGES) {
+        write(hv, dom, gfns, &ZEROES[..gfns.len() * PAGE_SIZE])?;
     }
     let gone: Vec<Gfn> = pages.gone.into_iter().filter(|gfn| populated.remove(gfn)).collect();
     if !gone.is_empty() {
         hv.depopulate(dom, &gone)?;
+    }
+    Ok(())
+}
+
+fn write(hv: &dyn hypervisor::Hypervisor, dom: DomId, gfns: &[Gfn], data: &[u8]) -> Result<()> {
+    if gfns.is_empty() {
+        return Ok(());
+    }
+    for (gfn, written) in gfns.iter().zip(hv.write_pages(dom, gfns, data)?) {
+        written.map_err(|errno| Trouble::new(format!("write page {gfn}: {errno}")))?;
     }
     Ok(())
 }

@@ -301,7 +301,9 @@ struct Parts {
 /// What a batch of pages holds.
 #[derive(Debug, Default)]
 pub struct Pages<'a> {
-    pub with_data: Vec<(Gfn, &'a [u8])>,
+    pub with_data: Vec<Gfn>,
+    /// The contents of those, in their order.
+    pub data: &'a [u8],
     /// All zeroes.
     pub zero: Vec<Gfn>,
     /// The guest has given them up.
@@ -317,8 +319,8 @@ impl Default for Reader {
 
 impl Reader {
     /// Takes the next bytes; hands batches of pages to `put`.
-    pub fn feed(&mut self, bytes: &[u8], mut put: impl FnMut(Pages<'_>) -> Result<()>) -> Result<()> {
-        self.decoder.feed(bytes);
+    pub fn feed(&mut self, bytes: Vec<u8>, mut put: impl FnMut(Pages<'_>) -> Result<()>) -> Result<()> {
+        self.decoder.feed_owned(bytes);
         while let Some(event) = self.decoder.next()? {
             self.checker.event(&event);
             let Event::Record(record) = &event else { continue };
@@ -359,10 +361,10 @@ impl Reader {
 }
 
 fn sort<'a>(pages: &PageData<'a>) -> Pages<'a> {
-    let mut sorted = Pages::default();
+    let mut sorted = Pages { data: pages.contents(), ..Pages::default() };
     for (entry, data) in pages.iter() {
         match data {
-            Some(data) => sorted.with_data.push((Gfn(entry.gfn), data)),
+            Some(_) => sorted.with_data.push(Gfn(entry.gfn)),
             None if entry.page_type == libxc::PageType::XALLOC => sorted.zero.push(Gfn(entry.gfn)),
             None => sorted.gone.push(Gfn(entry.gfn)),
         }

@@ -108,10 +108,10 @@ impl Sender {
         Ok(writer.flush()?)
     }
 
-    /// Writes bytes of the image; they go off when enough have come together, or with the next frame.
-    pub fn stream(&self, bytes: &[u8]) -> Result<(), WireError> {
+    /// Writes bytes of the image, whose CRC-32 is `crc`; they go off when enough have come together, or with the next frame.
+    pub fn stream(&self, bytes: &[u8], crc: u32) -> Result<(), WireError> {
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        wire::write_stream(&mut *writer, bytes)
+        wire::write_stream(&mut *writer, bytes, crc)
     }
 
     pub fn close(&self) {

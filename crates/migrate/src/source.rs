@@ -15,7 +15,7 @@ use crate::report::{Ending, Phase, Place, Progress, Report, Step, Timeline, mill
 use crate::restore::PAUSES;
 use crate::toolstack::Description;
 use crate::trouble::{Doing, Result, Trouble};
-use crate::wire::{Frame, Said};
+use crate::wire::{Digest, Frame, Said};
 use hypervisor::{DirtyBitmap, DomId, Gfn, GtStep, PAGE_SIZE, PageType, Watchdog};
 use migration_stream::Encoder;
 use serde::{Deserialize, Serialize};
@@ -283,7 +283,7 @@ struct Run {
     round_trip: Option<Duration>,
     waiting_since: Instant,
     encoder: Encoder,
-    digest: crc32fast::Hasher,
+    digest: Digest,
     precopy: Precopy,
     /// gfns that were sent with contents or as zero, and are there.
     known: BTreeSet<Gfn>,
@@ -337,7 +337,7 @@ impl Run {
             round_trip: None,
             waiting_since: now,
             encoder: Encoder::new(),
-            digest: crc32fast::Hasher::new(),
+            digest: Digest::default(),
             precopy: Precopy::default(),
             known: BTreeSet::new(),
             size,
@@ -765,7 +765,7 @@ impl Run {
                 if let Some(timeline) = &mut self.timeline {
                     timeline.mark_remote(details.steps, "carry the last pages and the state");
                 }
-                let sent = self.digest.clone().finalize();
+                let sent = self.digest.value();
                 if details.digest != sent {
                     self.why = Some(format!(
                         "the destination restored something else than was sent (digest {:#010x}, sent {sent:#010x})",
@@ -906,8 +906,10 @@ impl Run {
             self.look_at_size()?;
             let buffer = buffer.get_mut(..batch.len() * PAGE_SIZE).ok_or_else(|| Trouble::new("batch too long"))?;
             let read = hv.read_pages(self.dom(), batch, buffer).doing("read the guest's memory")?;
-            let (mut full, mut data, mut zero, mut gone) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-            for ((gfn, page), read) in batch.iter().zip(buffer.chunks_exact(PAGE_SIZE)).zip(read) {
+            let (mut full, mut zero, mut gone) = (Vec::new(), Vec::new(), Vec::new());
+            // Those that are sent move together at the front.
+            let mut data = 0;
+            for ((gfn, read), at) in batch.iter().zip(read).zip((0..).step_by(PAGE_SIZE)) {
                 match read {
                     // Given up by the guest since it was offered.
                     Err(_) => {
@@ -915,10 +917,13 @@ impl Run {
                         gone.push(*gfn);
                     }
                     // Only the first time: what the destination has of it may not be zero.
-                    Ok(()) if is_zero(page) && !self.known.contains(gfn) => zero.push(*gfn),
+                    Ok(()) if is_zero(&buffer[at..at + PAGE_SIZE]) && !self.known.contains(gfn) => zero.push(*gfn),
                     Ok(()) => {
                         full.push(*gfn);
-                        data.extend_from_slice(page);
+                        if at != data {
+                            buffer.copy_within(at..at + PAGE_SIZE, data);
+                        }
+                        data += PAGE_SIZE;
                     }
                 }
             }
@@ -927,15 +932,16 @@ impl Run {
             let (back, gone): (Vec<Gfn>, Vec<Gfn>) = gone.into_iter().partition(|_| there.next() == Some(true));
             for gfn in back {
                 // Taken again just now; else the other host would take it for given up.
-                let mut page = [0; PAGE_SIZE];
-                if let Some(Err(errno)) = hv.read_pages(self.dom(), &[gfn], &mut page)?.first() {
+                // Its place in the batch is free, so there is room behind those that are sent.
+                let page = &mut buffer[data..data + PAGE_SIZE];
+                if let Some(Err(errno)) = hv.read_pages(self.dom(), &[gfn], page)?.first() {
                     return Err(Trouble::new(format!("its page {gfn} is there, but can't be read ({errno})")));
                 }
                 full.push(gfn);
-                data.extend_from_slice(&page);
+                data += PAGE_SIZE;
             }
             self.known.extend(full.iter().chain(&zero));
-            image::write_pages(&mut self.encoder, &full, &data, &zero, &gone);
+            image::write_pages(&mut self.encoder, &full, &buffer[..data], &zero, &gone);
             self.flush()?;
             left -= batch.len() as u64;
             self.precopy.sent(batch.len() as u64, zero.len() as u64);
@@ -952,11 +958,13 @@ impl Run {
 
     /// Sends what the encoder holds.
     fn flush(&mut self) -> Result<()> {
-        let bytes = self.encoder.take();
-        self.digest.update(&bytes);
+        let (bytes, crc) = (self.encoder.bytes(), self.encoder.crc());
+        self.digest.add(crc, bytes.len());
         self.precopy.count_bytes(bytes.len() as u64);
         let link = self.link.as_ref().ok_or_else(|| Trouble::new("there is no connection"))?;
-        Ok(link.stream(&bytes)?)
+        link.stream(bytes, crc)?;
+        self.encoder.clear();
+        Ok(())
     }
 
     // ---- blackout ----
@@ -1160,7 +1168,8 @@ impl Run {
 }
 
 fn is_zero(page: &[u8]) -> bool {
-    page.chunks_exact(8).all(|word| word == [0; 8])
+    // By 128 bytes at a time the compiler makes it a few wide instructions.
+    page.chunks(128).all(|part| part.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// `journal-go`, `send-offer`, `precopy`: as points of planted faults and in docs/handshake.md.

@@ -10,7 +10,7 @@
 
 use crate::handshake::{ToDestination, ToSource};
 use serde::{Deserialize, Serialize};
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use uuid::Uuid;
 
 pub const GREETING: &[u8; 8] = b"FERRYGT1";
@@ -34,10 +34,33 @@ pub enum Frame {
     /// A word of the destination.
     ToSource(Said<ToSource>),
     /// The next bytes of the domain's image (docs/stream-format.md), cut anywhere.
-    Stream(Vec<u8>),
+    Stream(Piece),
     /// To be answered at once by a pong with the same number.
     Ping(u64),
     Pong(u64),
+}
+
+/// Bytes of the image with their CRC-32 (IEEE), which serves the frame and the digest of the whole: each side goes over them once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    pub bytes: Vec<u8>,
+    pub crc: u32,
+}
+
+/// Over an image, piece by piece, from the pieces' checksums.
+#[derive(Debug, Clone, Default)]
+pub struct Digest(crc32fast::Hasher);
+
+impl Digest {
+    /// The next piece, by its checksum and length.
+    pub fn add(&mut self, crc: u32, length: usize) {
+        self.0.combine(&crc32fast::Hasher::new_with_initial_len(crc, length as u64));
+    }
+
+    /// CRC-32 (IEEE) of all pieces in their order.
+    pub fn value(&self) -> u32 {
+        self.0.clone().finalize()
+    }
 }
 
 /// A word with its migration and details.
@@ -77,27 +100,18 @@ pub fn read_greeting(from: &mut impl Read) -> Result<(), WireError> {
 }
 
 impl Frame {
-    fn encode_payload(&self) -> (u8, Vec<u8>) {
-        // Words are plain structures with string keys: JSON can always hold them.
-        let json = |said: serde_json::Result<Vec<u8>>| said.unwrap_or_default();
-        match self {
-            Frame::ToDestination(said) => (kind::TO_DESTINATION, json(serde_json::to_vec(said))),
-            Frame::ToSource(said) => (kind::TO_SOURCE, json(serde_json::to_vec(said))),
-            Frame::Stream(bytes) => (kind::STREAM, bytes.clone()),
-            Frame::Ping(number) => (kind::PING, number.to_le_bytes().to_vec()),
-            Frame::Pong(number) => (kind::PONG, number.to_le_bytes().to_vec()),
-        }
-    }
-
     /// Writes the frame, without flushing.
     pub fn write(&self, to: &mut impl Write) -> Result<(), WireError> {
-        match self {
-            Frame::Stream(bytes) => write_frame(to, kind::STREAM, bytes),
-            _ => {
-                let (kind, payload) = self.encode_payload();
-                write_frame(to, kind, &payload)
-            }
-        }
+        // Words are plain structures with string keys: JSON can always hold them.
+        let json = |said: serde_json::Result<Vec<u8>>| said.unwrap_or_default();
+        let (kind, payload) = match self {
+            Frame::ToDestination(said) => (kind::TO_DESTINATION, json(serde_json::to_vec(said))),
+            Frame::ToSource(said) => (kind::TO_SOURCE, json(serde_json::to_vec(said))),
+            Frame::Stream(piece) => return write_frame(to, kind::STREAM, &piece.bytes, piece.crc),
+            Frame::Ping(number) => (kind::PING, number.to_le_bytes().to_vec()),
+            Frame::Pong(number) => (kind::PONG, number.to_le_bytes().to_vec()),
+        };
+        write_frame(to, kind, &payload, crc32fast::hash(&payload))
     }
 
     /// Reads one frame. `None` at the end of the connection between two frames.
@@ -115,8 +129,8 @@ impl Frame {
         if !(kind::TO_DESTINATION..=kind::PONG).contains(&kind) {
             return Err(WireError::Kind(kind));
         }
-        // Memory grows with what really arrives, not with what the header claims.
-        let mut payload = Vec::new();
+        // Room for what the header claims, at most MAX_PAYLOAD, so that nothing is moved as it grows; pages of it are used as bytes arrive.
+        let mut payload = Vec::with_capacity(length as usize);
         from.take(length.into()).read_to_end(&mut payload)?;
         if payload.len() != length as usize {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
@@ -124,17 +138,15 @@ impl Frame {
         let mut stored = [0; 4];
         from.read_exact(&mut stored)?;
         let stored = u32::from_le_bytes(stored);
-        let mut crc = crc32fast::Hasher::new();
-        crc.update(&header);
-        crc.update(&payload);
-        let computed = crc.finalize();
+        let crc = crc32fast::hash(&payload);
+        let computed = frame_crc(&header, crc, payload.len());
         if computed != stored {
             return Err(WireError::Checksum { computed, stored });
         }
-        Self::decode(kind, payload).map(Some)
+        Self::decode(kind, payload, crc).map(Some)
     }
 
-    fn decode(kind: u8, payload: Vec<u8>) -> Result<Frame, WireError> {
+    fn decode(kind: u8, payload: Vec<u8>, crc: u32) -> Result<Frame, WireError> {
         let malformed = |cause: String| WireError::Malformed { kind, cause };
         let number = |payload: &[u8]| {
             payload
@@ -147,7 +159,7 @@ impl Frame {
                 Frame::ToDestination(serde_json::from_slice(&payload).map_err(|e| malformed(e.to_string()))?)
             }
             kind::TO_SOURCE => Frame::ToSource(serde_json::from_slice(&payload).map_err(|e| malformed(e.to_string()))?),
-            kind::STREAM => Frame::Stream(payload),
+            kind::STREAM => Frame::Stream(Piece { bytes: payload, crc }),
             kind::PING => Frame::Ping(number(&payload)?),
             kind::PONG => Frame::Pong(number(&payload)?),
             other => return Err(WireError::Kind(other)),
@@ -155,26 +167,45 @@ impl Frame {
     }
 }
 
-/// Writes bytes of the image, in as many frames as it takes.
-pub fn write_stream(to: &mut impl Write, bytes: &[u8]) -> Result<(), WireError> {
+/// Writes bytes of the image, in as many frames as it takes. `crc` is their CRC-32 (IEEE).
+pub fn write_stream(to: &mut impl Write, bytes: &[u8], crc: u32) -> Result<(), WireError> {
+    if bytes.len() <= MAX_PAYLOAD as usize {
+        return write_frame(to, kind::STREAM, bytes, crc);
+    }
     for chunk in bytes.chunks(MAX_PAYLOAD as usize) {
-        write_frame(to, kind::STREAM, chunk)?;
+        write_frame(to, kind::STREAM, chunk, crc32fast::hash(chunk))?;
     }
     Ok(())
 }
 
-fn write_frame(to: &mut impl Write, kind: u8, payload: &[u8]) -> Result<(), WireError> {
+/// A frame's checksum, from that of its payload.
+fn frame_crc(header: &[u8; HEADER], payload: u32, length: usize) -> u32 {
+    let mut digest = Digest::default();
+    digest.add(crc32fast::hash(header), HEADER);
+    digest.add(payload, length);
+    digest.value()
+}
+
+fn write_frame(to: &mut impl Write, kind: u8, payload: &[u8], crc: u32) -> Result<(), WireError> {
     let length = u32::try_from(payload.len()).ok().filter(|l| *l <= MAX_PAYLOAD);
     let length = length.ok_or(WireError::TooLong(payload.len().try_into().unwrap_or(u32::MAX)))?;
     let mut header = [0; HEADER];
     header[..4].copy_from_slice(&length.to_le_bytes());
     header[4] = kind;
-    let mut crc = crc32fast::Hasher::new();
-    crc.update(&header);
-    crc.update(payload);
-    to.write_all(&header)?;
-    to.write_all(payload)?;
-    to.write_all(&crc.finalize().to_le_bytes())?;
+    let crc = frame_crc(&header, crc, payload.len()).to_le_bytes();
+    write_all(to, &mut [IoSlice::new(&header), IoSlice::new(payload), IoSlice::new(&crc)])
+}
+
+/// In as few writes as the connection allows: a header must not go off as a packet of its own.
+fn write_all(to: &mut impl Write, mut parts: &mut [IoSlice<'_>]) -> Result<(), WireError> {
+    while !parts.is_empty() {
+        match to.write_vectored(parts) {
+            Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+            Ok(n) => IoSlice::advance_slices(&mut parts, n),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
     Ok(())
 }
 
@@ -190,7 +221,7 @@ mod tests {
                 word: ToDestination::Offer,
                 details: serde_json::json!({"domid": 5}),
             }),
-            Frame::Stream(vec![7; 5000]),
+            Frame::Stream(Piece { crc: crc32fast::hash(&[7; 5000]), bytes: vec![7; 5000] }),
             Frame::Ping(3),
             Frame::Pong(u64::MAX),
             Frame::ToSource(Said { id: Uuid::nil(), word: ToSource::Ready, details: serde_json::Value::Null }),
@@ -211,6 +242,51 @@ mod tests {
             assert_eq!(Frame::read(&mut from).unwrap(), Some(frame));
         }
         assert_eq!(Frame::read(&mut from).unwrap(), None);
+    }
+
+    /// Takes as little at a time as a full connection does.
+    struct Slow(Vec<u8>);
+
+    impl Write for Slow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let n = bytes.len().min(3);
+            self.0.extend_from_slice(&bytes[..n]);
+            Ok(n)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn frames_are_written_whole_however_little_is_taken_at_a_time() {
+        let mut slow = Slow(Vec::new());
+        frames().iter().for_each(|frame| frame.write(&mut slow).unwrap());
+        assert_eq!(slow.0, written());
+    }
+
+    #[test]
+    fn a_frames_checksum_is_that_of_all_before_it() {
+        for frame in frames() {
+            let mut bytes = Vec::new();
+            frame.write(&mut bytes).unwrap();
+            let (before, crc) = bytes.split_last_chunk::<4>().unwrap();
+            assert_eq!(u32::from_le_bytes(*crc), crc32fast::hash(before));
+        }
+        // Cut into several frames, or not.
+        let image: Vec<u8> = (0..MAX_PAYLOAD + 9).map(|n| n as u8).collect();
+        let mut bytes = Vec::new();
+        write_stream(&mut bytes, &image, crc32fast::hash(&image)).unwrap();
+        write_stream(&mut bytes, &image[..99], crc32fast::hash(&image[..99])).unwrap();
+        let (mut digest, mut count, mut from) = (Digest::default(), 0, bytes.as_slice());
+        while let Some(Frame::Stream(piece)) = Frame::read(&mut from).unwrap() {
+            digest.add(piece.crc, piece.bytes.len());
+            count += 1;
+        }
+        let mut all = crc32fast::Hasher::new();
+        all.update(&image);
+        all.update(&image[..99]);
+        assert_eq!((count, digest.value()), (3, all.finalize()));
     }
 
     #[test]

@@ -151,6 +151,16 @@ impl Decoder {
         self.buf.extend_from_slice(bytes);
     }
 
+    /// Adds bytes that the caller has no more use for. They are not copied if all that was fed before has been taken.
+    pub fn feed_owned(&mut self, bytes: Vec<u8>) {
+        if self.failed.is_none() && self.at == self.buf.len() {
+            self.buf = bytes;
+            self.at = 0;
+        } else {
+            self.feed(&bytes);
+        }
+    }
+
     /// The END record has been given, and nothing came after it.
     pub fn is_done(&self) -> bool {
         self.state == State::Done && self.failed.is_none()

@@ -8,10 +8,13 @@ use crate::wire::Field;
 use crate::xl::{self, XlHeader};
 use crate::{OPTIONAL, gt, padding};
 
-/// Writes a stream into a buffer of its own; take the bytes with [`Encoder::take`] as often as it suits.
+/// Writes a stream into a buffer of its own; take the bytes with [`Encoder::take`], or look at them and [`Encoder::clear`] them, as
+/// often as it suits.
 #[derive(Debug, Default)]
 pub struct Encoder {
     out: Vec<u8>,
+    /// Over `out`. Each piece is gone over once, and its checksum joined to all that it counts for.
+    out_crc: crc32fast::Hasher,
     image_crc: crc32fast::Hasher,
     stream_crc: crc32fast::Hasher,
 }
@@ -34,7 +37,24 @@ impl Encoder {
 
     /// What has been written since the last call.
     pub fn take(&mut self) -> Vec<u8> {
+        self.out_crc.reset();
         std::mem::take(&mut self.out)
+    }
+
+    /// What waits in the buffer.
+    pub fn bytes(&self) -> &[u8] {
+        &self.out
+    }
+
+    /// CRC-32 (IEEE) of what waits in the buffer.
+    pub fn crc(&self) -> u32 {
+        self.out_crc.clone().finalize()
+    }
+
+    /// Empties the buffer and keeps its room: a new one of some MiB for each batch of pages would be filled by page faults.
+    pub fn clear(&mut self) {
+        self.out_crc.reset();
+        self.out.clear();
     }
 
     /// The header of an `xl save` file, with libxl's JSON as its configuration.
@@ -45,8 +65,14 @@ impl Encoder {
             optional_flags: 0,
             optional_data_len: data.len() as u32,
         };
-        header.encode(&mut self.out);
-        self.out.extend_from_slice(&data);
+        self.xl(&header, &data);
+    }
+
+    fn xl(&mut self, header: &XlHeader, data: &[u8]) {
+        self.append(|out| {
+            header.encode(out);
+            out.extend_from_slice(data);
+        });
     }
 
     /// The header of a libxl stream.
@@ -67,12 +93,17 @@ impl Encoder {
 
     /// A record from its type and body.
     pub fn raw(&mut self, layer: Layer, rtype: u32, body: &[u8]) {
+        self.record(layer, rtype, body.len(), |out| out.extend_from_slice(body));
+    }
+
+    /// A record whose body is put in place, `length` bytes of it.
+    fn record(&mut self, layer: Layer, rtype: u32, length: usize, body: impl FnOnce(&mut Vec<u8>)) {
         let put = |out: &mut Vec<u8>| {
-            out.reserve(16 + body.len());
+            out.reserve(16 + length);
             rtype.put(out);
-            (body.len() as u32).put(out);
-            out.extend_from_slice(body);
-            out.resize(out.len() + padding(body.len()), 0);
+            (length as u32).put(out);
+            body(out);
+            out.resize(out.len() + padding(length), 0);
         };
         match layer {
             Layer::Libxc => self.in_image(put),
@@ -106,8 +137,8 @@ impl Encoder {
 
     /// A PAGE_DATA record: the entries, and 4096 bytes for each that has contents.
     pub fn page_data(&mut self, entries: &[libxc::PageEntry], pages: &[u8]) {
-        let body = libxc::PageData::encode(entries, pages);
-        self.raw(Layer::Libxc, libxc::rec::PAGE_DATA, &body);
+        let length = libxc::PageData::size(entries, pages);
+        self.record(Layer::Libxc, libxc::rec::PAGE_DATA, length, |out| libxc::PageData::encode(entries, pages, out));
     }
 
     /// GT_CHECKSUM over the image so far; optional for an ordinary stream.
@@ -127,10 +158,7 @@ impl Encoder {
     /// What a decoder gave, written again.
     pub fn event(&mut self, event: &Event<'_>) {
         match event {
-            Event::Xl(header, data) => {
-                header.encode(&mut self.out);
-                self.out.extend_from_slice(data);
-            }
+            Event::Xl(header, data) => self.xl(header, data),
             Event::Libxl(header) => self.in_stream(|out| header.encode(out)),
             Event::Image(header) => self.image_header(header),
             Event::Domain(header) => self.in_image(|out| header.put(out)),
@@ -139,14 +167,22 @@ impl Encoder {
     }
 
     fn in_image(&mut self, put: impl FnOnce(&mut Vec<u8>)) {
-        let start = self.out.len();
-        put(&mut self.out);
-        self.image_crc.update(&self.out[start..]);
+        let crc = self.append(put);
+        self.image_crc.combine(&crc);
     }
 
     fn in_stream(&mut self, put: impl FnOnce(&mut Vec<u8>)) {
+        let crc = self.append(put);
+        self.stream_crc.combine(&crc);
+    }
+
+    /// Gives the checksum of what was put.
+    fn append(&mut self, put: impl FnOnce(&mut Vec<u8>)) -> crc32fast::Hasher {
         let start = self.out.len();
         put(&mut self.out);
-        self.stream_crc.update(&self.out[start..]);
+        let mut crc = crc32fast::Hasher::new();
+        crc.update(&self.out[start..]);
+        self.out_crc.combine(&crc);
+        crc
     }
 }

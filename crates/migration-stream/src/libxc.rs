@@ -263,19 +263,27 @@ impl<'a> PageData<'a> {
             .map(move |entry| (entry, if entry.page_type.has_data() { pages.next() } else { None }))
     }
 
-    /// A body from entries and the contents, back to back, of those that have any.
+    /// The contents, back to back, of the entries that have any.
+    pub fn contents(&self) -> &'a [u8] {
+        self.pages
+    }
+
+    /// Length of the body that [`PageData::encode`] puts.
+    pub(crate) fn size(entries: &[PageEntry], pages: &[u8]) -> usize {
+        8 + entries.len() * 8 + pages.len()
+    }
+
+    /// Puts a body from entries and the contents, back to back, of those that have any.
     ///
     /// # Panics
     /// If `pages` is not 4096 bytes for each entry with contents: the caller's mistake, not the peer's.
-    pub fn encode(entries: &[PageEntry], pages: &[u8]) -> Vec<u8> {
+    pub(crate) fn encode(entries: &[PageEntry], pages: &[u8], out: &mut Vec<u8>) {
         let with_data = entries.iter().filter(|e| e.page_type.has_data()).count();
         assert_eq!(pages.len(), with_data * PAGE_SIZE, "page contents do not match the entries");
-        let mut body = Vec::with_capacity(8 + entries.len() * 8 + pages.len());
-        (entries.len() as u32).put(&mut body);
-        0u32.put(&mut body);
-        entries.iter().for_each(|entry| entry.encode().put(&mut body));
-        body.extend_from_slice(pages);
-        body
+        (entries.len() as u32).put(out);
+        0u32.put(out);
+        entries.iter().for_each(|entry| entry.encode().put(out));
+        out.extend_from_slice(pages);
     }
 }
 

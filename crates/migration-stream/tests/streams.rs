@@ -30,6 +30,32 @@ fn a_stream_is_written_again_byte_for_byte() {
 }
 
 #[test]
+fn the_checksum_of_the_buffer_is_that_of_its_bytes_however_it_is_emptied() {
+    let stream = transparent();
+    let (mut encoder, mut all, mut number) = (Encoder::new(), Vec::new(), 0);
+    decode(&stream, 4096, |event| {
+        encoder.event(event);
+        number += 1;
+        assert_eq!(encoder.crc(), crc32fast::hash(encoder.bytes()), "event {number}");
+        match number % 3 {
+            0 => all.extend(encoder.take()),
+            1 => {
+                all.extend_from_slice(encoder.bytes());
+                encoder.clear();
+            }
+            _ => {}
+        }
+        Ok(())
+    })
+    .unwrap();
+    all.extend(encoder.take());
+    assert!(all == stream);
+    let mut empty = Encoder::new();
+    empty.xl_header(b"{}");
+    assert_eq!(empty.crc(), crc32fast::hash(empty.bytes()));
+}
+
+#[test]
 fn good_streams_have_no_findings() {
     assert_eq!(findings(&transparent()), []);
     assert_eq!(findings(&ordinary()), []);
@@ -349,5 +375,20 @@ proptest! {
         blob.extend([0; 8]);
         let context = migration_stream::hvm::Context::decode(&blob).unwrap();
         prop_assert_eq!(context.encode(), blob);
+    }
+}
+
+/// The fuzz target begins with a stream of each kind. `WRITE_SEEDS=1` writes ours again after the format has changed.
+#[test]
+fn the_seeds_are_what_is_written_now() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/stream");
+    for (name, bytes) in [("transparent.libxl", support::transparent()), ("ordinary.xl", support::ordinary())] {
+        let file = folder.join(name);
+        if std::env::var_os("WRITE_SEEDS").is_some() {
+            std::fs::write(&file, &bytes).unwrap();
+        }
+        assert!(bytes.len() < 64 << 10, "{name} has {} bytes", bytes.len());
+        let seed = std::fs::read(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        assert!(seed == bytes, "{name} is of another format; WRITE_SEEDS=1 writes it again");
     }
 }

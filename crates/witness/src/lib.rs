@@ -8,8 +8,11 @@
 //!   ([`config`]), what is written to the disk ([`disk`]) and into memory ([`pattern`]), and the judgement of what was
 //!   seen before and after a move against the promises T1 to T10 ([`judge`]). Nothing in the library does I/O.
 //!
+//! A second binary, `vandal`, is the init of a guest that attacks its host's xenstore ([`attack`]).
+//!
 //! The wire form for somebody who writes a peer is in `docs/witness.md`.
 
+pub mod attack;
 pub mod config;
 pub mod disk;
 pub mod judge;

@@ -115,6 +115,15 @@ impl FakeXen {
         (&self.to_daemon).write_all(&port.to_ne_bytes()).with_context(|| format!("raise port {port}"))
     }
 
+    /// Raises a local port that may be pending already; many that wait to be taken stand for that.
+    ///
+    /// # Errors
+    /// As [`FakeXen::raise`].
+    pub fn raise_again(&self, port: u32) -> Result<()> {
+        let waiting = rustix::io::ioctl_fionread(&self.to_daemon).context("look into the FIFO to-daemon")?;
+        if waiting > 1024 { Ok(()) } else { self.raise(port) }
+    }
+
     /// Maps the page that a domain shares with the daemon.
     ///
     /// # Errors

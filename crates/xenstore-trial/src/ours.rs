@@ -84,6 +84,10 @@ impl Devices for Files {
         Ok(PORT_BASE + u32::from(domid))
     }
 
+    fn remote_port(&self, _port: u32) -> Option<u32> {
+        Some(0)
+    }
+
     fn unbind(&mut self, _port: u32) {}
 
     fn notify(&self, _port: u32) {

@@ -93,6 +93,22 @@ impl Programs {
         start(c, xen, run)
     }
 
+    /// Starts oxenstored, for tools only: it does not connect with dom0. Its log of every request is off.
+    ///
+    /// # Errors
+    /// As [`Programs::start_stock`].
+    pub fn start_oxenstored(&self, xen: &FakeXen, run: &Path) -> Result<Stock> {
+        fs::create_dir_all(run).context("make the daemon's folder")?;
+        let configuration = run.join("oxenstored.conf");
+        let at = run.display();
+        let text = format!("pid-file = {at}/pid\nxenstored-log-file = {at}/log\npersistent = false\n");
+        fs::write(&configuration, text).context("write oxenstored's configuration")?;
+        let mut c = Command::new(self.tree.join("usr/lib/xen-4.17/bin/oxenstored"));
+        c.args(["--no-fork", "--no-domain-init", "--no-access-log", "--config-file"]).arg(&configuration);
+        c.env("LD_LIBRARY_PATH", &self.libraries).env("LD_PRELOAD", &self.stub).env("FAKE_SOCKET", run.join("socket"));
+        start(c, xen, run)
+    }
+
     /// The root of the packages.
     pub fn tree(&self) -> &Path {
         &self.tree
@@ -107,9 +123,9 @@ impl Programs {
     ///
     /// # Errors
     /// As [`Programs::start_stock`].
-    pub fn start_other(&self, program: &Path, xen: &FakeXen, run: &Path) -> Result<Stock> {
+    pub fn start_other(&self, program: &Path, options: &[&str], xen: &FakeXen, run: &Path) -> Result<Stock> {
         let mut c = Command::new(program);
-        c.arg("-N").env("LD_LIBRARY_PATH", &self.libraries).env("LD_PRELOAD", &self.stub);
+        c.arg("-N").args(options).env("LD_LIBRARY_PATH", &self.libraries).env("LD_PRELOAD", &self.stub);
         start(c, xen, run)
     }
 }

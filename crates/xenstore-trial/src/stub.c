@@ -8,7 +8,10 @@
  *   to-daemon  a FIFO: each 32-bit word is a local port that was raised for the daemon
  *   from-daemon  a FIFO: each 32-bit word is a local port that the daemon notified
  *
- * Local ports: 1 for VIRQ_DOM_EXC, 16 + N for domain N. Only what stock xenstored 4.17 calls is here. The real libraries
+ * oxenstored has its paths built in and wants a limit that only root may set: where FAKE_SOCKET is set, it binds that instead, and
+ * makes no folder, removes no file and sets no limit.
+ *
+ * Local ports: 1 for VIRQ_DOM_EXC, 16 + N for domain N. Only what the xenstoreds of 4.17 call is here. The real libraries
  * are loaded too, so everything that is not answered here fails as it does without Xen.
  */
 #define _GNU_SOURCE
@@ -21,6 +24,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #define VIRQ_PORT 1
@@ -182,5 +190,43 @@ int xenevtchn_notify(void *xce, uint32_t port)
             errno = 0;
         close(fd);
     }
+    return 0;
+}
+
+int bind(int fd, const struct sockaddr *address, socklen_t length)
+{
+    const char *path = getenv("FAKE_SOCKET");
+    struct sockaddr_un own = { .sun_family = AF_UNIX };
+
+    if (!path || address->sa_family != AF_UNIX)
+        return syscall(SYS_bind, fd, address, length);
+    if (strlen(path) >= sizeof(own.sun_path)) {
+        errno = ENAMETOOLONG;
+        return -1;
+    }
+    strcpy(own.sun_path, path);
+    return syscall(SYS_bind, fd, &own, sizeof(own));
+}
+
+int mkdir(const char *path, mode_t mode)
+{
+    if (!getenv("FAKE_SOCKET"))
+        return mkdirat(AT_FDCWD, path, mode);
+    errno = EEXIST;
+    return -1;
+}
+
+int unlink(const char *path)
+{
+    if (!getenv("FAKE_SOCKET"))
+        return unlinkat(AT_FDCWD, path, 0);
+    errno = ENOENT;
+    return -1;
+}
+
+int setrlimit(__rlimit_resource_t resource, const struct rlimit *limit)
+{
+    if (!getenv("FAKE_SOCKET"))
+        return syscall(SYS_prlimit64, 0, resource, limit, NULL);
     return 0;
 }

@@ -25,7 +25,7 @@ impl Trial {
         let xen = FakeXen::create(&dir.path().join("xen")).unwrap();
         let run = dir.path().join("run");
         let daemon = if ours {
-            programs.start_other(Path::new(env!("CARGO_BIN_EXE_xenstored-on-files")), &xen, &run).unwrap()
+            programs.start_other(Path::new(env!("CARGO_BIN_EXE_xenstored-on-files")), &[], &xen, &run).unwrap()
         } else {
             programs.start_stock(&xen, &run, &[]).unwrap()
         };

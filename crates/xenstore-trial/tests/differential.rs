@@ -122,7 +122,7 @@ fn ours(programs: &Programs, script: &[Step]) -> Vec<String> {
     let dir = tempfile::tempdir().unwrap();
     let xen = FakeXen::create(&dir.path().join("xen")).unwrap();
     let program = Path::new(env!("CARGO_BIN_EXE_xenstored-on-files"));
-    let daemon = programs.start_other(program, &xen, &dir.path().join("run")).unwrap();
+    let daemon = programs.start_other(program, &[], &xen, &dir.path().join("run")).unwrap();
     play(daemon.socket(), &xen, script).unwrap()
 }
 

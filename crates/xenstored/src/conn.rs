@@ -48,6 +48,8 @@ pub struct Outgoing {
     pub request: Option<RequestId>,
     /// No header: the rest of a message whose beginning another daemon sent.
     pub headless: bool,
+    /// Its place among all messages that the connection ever had.
+    pub seq: u64,
 }
 
 impl Outgoing {
@@ -61,6 +63,7 @@ impl Outgoing {
             deadline: None,
             request: None,
             headless: false,
+            seq: 0,
         }
     }
 
@@ -69,7 +72,8 @@ impl Outgoing {
         self.total() - self.used
     }
 
-    fn total(&self) -> usize {
+    /// Bytes of it, sent or not.
+    pub fn total(&self) -> usize {
         self.body.len() + if self.headless { 0 } else { HEADER_LEN }
     }
 
@@ -122,6 +126,25 @@ pub struct Frozen {
     pub export: Option<Export>,
 }
 
+/// What the journal knows of a connection's queues.
+#[derive(Debug, Default)]
+pub struct Logged {
+    /// Bytes of the unprocessed input.
+    pub input: usize,
+    /// They still are the beginning of the input.
+    pub input_kept: bool,
+    /// Messages before this one.
+    pub next_out: u64,
+    /// How many of those wait.
+    pub waiting: usize,
+    /// The first message of the queue, what of it is out, and the next message.
+    pub queue: Option<(u64, u32, u64)>,
+    /// Messages that were dropped since.
+    pub dropped: Vec<u64>,
+    /// Where the ring stood after the last step: consumer of requests, producer of replies.
+    pub ring: Option<(u32, u32)>,
+}
+
 /// A connection.
 #[derive(Debug)]
 pub struct Connection {
@@ -135,6 +158,8 @@ pub struct Connection {
     pub delayed: VecDeque<Message>,
     /// Replies and events, oldest first.
     pub out: VecDeque<Outgoing>,
+    /// `seq` of the next message.
+    pub next_out: u64,
     /// Payloads of the events in `out`: an event is not queued twice.
     pub pending_events: HashSet<Rc<[u8]>>,
     /// In the order of registration.
@@ -149,6 +174,8 @@ pub struct Connection {
     pub ignored: bool,
     /// Out of service for a migration.
     pub frozen: Option<Box<Frozen>>,
+    /// What the journal knows.
+    pub logged: Logged,
 }
 
 impl Connection {
@@ -160,6 +187,7 @@ impl Connection {
             decoder: FrameDecoder::new(),
             delayed: VecDeque::new(),
             out: VecDeque::new(),
+            next_out: 0,
             pending_events: HashSet::new(),
             watches: BTreeSet::new(),
             transactions: BTreeMap::new(),
@@ -167,7 +195,15 @@ impl Connection {
             target: None,
             ignored: false,
             frozen: None,
+            logged: Logged::default(),
         }
+    }
+
+    /// Queues a message.
+    pub fn push(&mut self, mut m: Outgoing) {
+        m.seq = self.next_out;
+        self.next_out += 1;
+        self.out.push_back(m);
     }
 
     /// Whether replies or events wait and may be sent.

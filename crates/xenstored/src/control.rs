@@ -45,6 +45,7 @@ impl Store {
             (b"quota", [b"set", name, value]) => {
                 let v = quota_value(value)?;
                 if self.options.quotas.set(name, v) {
+                    self.log_quotas();
                     info!(quota = %String::from_utf8_lossy(name), value = v, "set quota");
                     ok()
                 } else {
@@ -61,6 +62,7 @@ impl Store {
             }
             (b"quota-soft", [b"set", b"memory", value]) => {
                 self.options.soft_memory = quota_value(value)?;
+                self.log_quotas();
                 ok()
             }
             (b"live-update", [_, ..]) => self.control_live_update(c, h, &args, host),

@@ -24,8 +24,9 @@ impl Store {
             }
             Op::Resume => {
                 let (d, _) = self.connected_arg(p)?;
-                if let Some(d) = self.domains.get_mut(&d) {
-                    d.shutdown = false;
+                if let Some(known) = self.domains.get_mut(&d) {
+                    known.shutdown = false;
+                    self.redo.shutdown(d, false);
                 }
                 ok()
             }
@@ -79,7 +80,7 @@ impl Store {
         match self.domain_connection(domid) {
             None => {
                 let local = host.connect(domid, port)?;
-                self.introduced(domid, local, host.now_ms());
+                self.introduced(domid, local, port, host.now_ms());
                 info!(domid, port, local, "introduced");
                 self.fire_special(b"@introduceDomain", Some(domid), host.now_ms());
             }
@@ -91,45 +92,55 @@ impl Store {
                 let local = host.rebind(domid, old, port).unwrap_or(0);
                 if let Some(d) = self.domains.get_mut(&domid) {
                     d.port = local;
+                    d.remote_port = port;
                 }
+                self.redo.port(domid, port);
                 info!(domid, port, local, "introduced again: its connection is reset");
                 self.forget_client_state(conn);
                 if let Some(c) = self.conns.get_mut(&conn) {
                     c.decoder.reset();
                     c.delayed.clear();
                 }
+                self.input_changed(conn);
             }
         }
+        self.redo.ring_reset(domid);
         host.reset_ring(domid);
         ok()
     }
 
     /// Makes the connection of a domain whose ring is mapped.
-    pub(crate) fn introduced(&mut self, domid: u16, local_port: u32, now_ms: u64) -> u32 {
+    pub(crate) fn introduced(&mut self, domid: u16, local_port: u32, remote_port: u32, now_ms: u64) -> u32 {
         let born = self.generation;
         let conn = self.add_connection(Peer::Domain(domid));
         let credit = self.limiter.join(now_ms);
         let d = self.domains.entry(domid).or_insert_with(|| Domain { born, ..Domain::default() });
         d.conn = Some(conn);
         d.port = local_port;
+        d.remote_port = remote_port;
         d.shutdown = false;
         d.credit = credit;
+        self.redo.known(domid, d.born);
+        self.redo.introduced(domid, remote_port);
         conn
     }
 
     /// Dom0's own ring, at the daemon's start.
     pub fn introduce_dom0(&mut self, local_port: u32, now_ms: u64) {
-        self.introduced(0, local_port, now_ms);
+        // The kernel says which port is its, whenever it is asked.
+        self.introduced(0, local_port, 0, now_ms);
     }
 
     fn op_set_target(&mut self, p: &[u8]) -> Answer {
         let mut s = payload::strings(p);
         let (Some(d), Some(t)) = (s.next(), s.next()) else { return Err(Errno::EINVAL) };
-        let conn = self.domain_connection(domid_arg(d)?).ok_or(Errno::ENOENT)?;
+        let domid = domid_arg(d)?;
+        let conn = self.domain_connection(domid).ok_or(Errno::ENOENT)?;
         let target = domid_arg(t)?;
         self.domain_connection(target).ok_or(Errno::ENOENT)?;
         if let Some(c) = self.conns.get_mut(&conn) {
             c.target = Some(target);
+            self.redo.target(domid, Some(target));
         }
         ok()
     }
@@ -159,7 +170,9 @@ impl Store {
         let (name, value, done) = match args[..] {
             [name, value] => {
                 let v = payload::decimal(value)?;
-                (name, value, self.options.quotas.set(name, v))
+                let done = self.options.quotas.set(name, v);
+                self.log_quotas();
+                (name, value, done)
             }
             [d, name, value] => {
                 let v = payload::decimal(value)?;
@@ -169,9 +182,7 @@ impl Store {
                 }
                 let mut q = self.quotas(d).clone();
                 let done = q.set(name, v);
-                if let Some(d) = self.domains.get_mut(&d) {
-                    d.quotas = Some(Box::new(q));
-                }
+                self.set_domain_quotas(d, q);
                 (name, value, done)
             }
             _ => return Err(Errno::EINVAL),
@@ -205,11 +216,15 @@ impl Store {
                         self.undo_import(domid, host);
                         self.domain_gone(domid, host);
                         self.domains.remove(&domid);
+                        self.redo.forgotten(domid);
                     }
                 }
                 (Some(_), Some(s)) => {
                     let news = s.shutdown && !d.shutdown;
                     d.shutdown |= s.shutdown;
+                    if news {
+                        self.redo.shutdown(domid, true);
+                    }
                     notify.extend(news.then_some(domid));
                 }
                 (Some(conn), None) => {
@@ -233,7 +248,10 @@ impl Store {
     /// The connection of a domain is closed already.
     pub(crate) fn destroy_domain(&mut self, domid: u16, host: &mut dyn Host) {
         self.domain_gone(domid, host);
-        self.imports.remove(&domid);
+        if self.imports.remove(&domid).is_some() {
+            self.redo.import_gone(domid);
+        }
+        self.redo.gone(domid);
         let Some(d) = self.domains.remove(&domid) else { return };
         self.limiter.leave(d.credit);
         host.disconnect(domid, d.port);
@@ -284,6 +302,8 @@ impl Store {
             }
             *perms = v.into();
         }
+        self.redo.special(true, &self.release_perms);
+        self.redo.special(false, &self.introduce_perms);
     }
 
     fn orphan(&mut self, p: &[u8], domid: u16) {
@@ -299,6 +319,7 @@ impl Store {
         let Some(n) = self.tree.get_mut(p) else { return };
         n.perms = perms.into();
         n.generation = now;
+        self.redo.meta(p, n);
         self.count_node(domid, -1);
         self.count_node(to, 1);
         let _ = self.charge(domid, -cost, false);

@@ -37,11 +37,12 @@ pub trait Host {
     /// As they go to the caller of `INTRODUCE`.
     fn connect(&mut self, domid: u16, remote_port: u32) -> Result<u32, Errno>;
 
-    /// Takes over a ring from the daemon before us: maps the page; `local_port` is bound already.
+    /// Takes over a ring from the daemon before us: maps the page; `local_port` is bound already. The domain's own port, 0 if
+    /// that can't be found out.
     ///
     /// # Errors
     /// The page can't be mapped (the domain may have revoked it). The port is released by `disconnect`.
-    fn adopt(&mut self, domid: u16, local_port: u32) -> Result<(), Errno>;
+    fn adopt(&mut self, domid: u16, local_port: u32) -> Result<u32, Errno>;
 
     /// Binds another port of a connected domain instead of the old one. The local port.
     ///

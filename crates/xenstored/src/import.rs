@@ -11,6 +11,7 @@ use crate::host::Host;
 use crate::live_update::buffered;
 use crate::node::{Name, Node, PermList, Tree, owner};
 use crate::quota::Quotas;
+use crate::redo::Redo;
 use crate::store::{Answer, Caller, ShownGeneration, Store, node_cost, ok, tx_cost};
 use crate::tx::{Accessed, Changed, NO_GENERATION, State, Transaction};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -50,17 +51,65 @@ impl Import {
     pub(crate) fn is_applied(&self) -> bool {
         self.applied.is_some()
     }
+
+    /// One that was applied, for the journal. A stream that is being brought has to be brought again.
+    pub(crate) fn log(&self, domid: u16, redo: &mut Redo) {
+        let Some(a) = &self.applied else { return };
+        redo.import(domid, a.notify, &a.stream, &a.undo);
+        for w in &a.watches[a.own_watches..] {
+            redo.import_watch(domid, &w.path, &w.token, w.depth);
+        }
+    }
+
+    /// One that was applied, out of the journal; its nodes are there.
+    pub(crate) fn again(
+        domid: u16,
+        notify: bool,
+        stream: &[u8],
+        undo: Vec<(Vec<u8>, Option<Rc<Node>>)>,
+    ) -> Result<Import, String> {
+        let mut applied = Applied::new(plan_import(domid, stream)?, notify);
+        (applied.stream, applied.undo) = (stream.into(), undo);
+        Ok(Import { data: Vec::new(), applied: Some(applied) })
+    }
+
+    pub(crate) fn add_watch(&mut self, path: &[u8], token: &[u8], depth: Option<u16>) {
+        if let Some(a) = &mut self.applied {
+            a.watches.push(ImportedWatch { path: path.to_vec(), token: token.to_vec(), depth });
+        }
+    }
 }
 
 #[derive(Debug)]
 struct Applied {
+    /// As it came; kept for the journal.
+    stream: Rc<[u8]>,
     /// What the touched nodes were, in the order in which they were touched.
     undo: Vec<(Vec<u8>, Option<Rc<Node>>)>,
     notify: bool,
     conn: Option<ImportedConn>,
     watches: Vec<ImportedWatch>,
+    /// So many of them are in the stream.
+    own_watches: usize,
     txs: TxRecords,
     quotas: Vec<(Vec<u8>, u32)>,
+}
+
+impl Applied {
+    fn new(plan: ImportPlan, notify: bool) -> Applied {
+        let mut txs = plan.txs;
+        txs.imported = Some(plan.nodes.into_iter().map(|n| n.path).collect());
+        Applied {
+            stream: Rc::from([]),
+            undo: Vec::new(),
+            notify,
+            conn: plan.conn,
+            own_watches: plan.watches.len(),
+            watches: plan.watches,
+            txs,
+            quotas: plan.quotas,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -287,6 +336,7 @@ impl Store {
             return Err(Errno::EBUSY);
         }
         c.frozen = Some(Box::new(Frozen { snapshot, generation, held: Vec::new(), export: None }));
+        self.redo.freeze(domid, generation, None);
         info!(domid, "connection frozen");
         ok()
     }
@@ -301,6 +351,7 @@ impl Store {
         let c = self.guest_connection(domid)?;
         let id = c.id;
         let frozen = c.frozen.take().ok_or(Errno::EINVAL)?;
+        self.redo.thaw(domid);
         let (mut sent, mut dropped) = (0, 0);
         for e in &frozen.held {
             if drop_below.iter().any(|p| path::is_child(&e.path, p)) {
@@ -448,19 +499,27 @@ impl Store {
             }
         }
         let nodes = plan.nodes.len();
-        let applied = self.apply_nodes(c, domid, plan, notify, host);
+        let undo = self.apply_nodes(c, domid, &plan, notify, host);
+        let mut applied = Applied::new(plan, notify);
+        (applied.stream, applied.undo) = (data.into(), undo);
+        self.redo.import(domid, notify, &applied.stream, &applied.undo);
         info!(domid, nodes, watches = applied.watches.len(), "imported");
         self.imports.insert(domid, Import { data: Vec::new(), applied: Some(applied) });
         ok()
     }
 
-    fn apply_nodes(&mut self, c: &Caller, domid: u16, plan: ImportPlan, notify: bool, host: &mut dyn Host) -> Applied {
+    fn apply_nodes(
+        &mut self,
+        c: &Caller,
+        domid: u16,
+        plan: &ImportPlan,
+        notify: bool,
+        host: &mut dyn Host,
+    ) -> Vec<(Vec<u8>, Option<Rc<Node>>)> {
         let mut undo = Vec::new();
-        let mut txs = plan.txs;
-        txs.imported = Some(plan.nodes.iter().map(|n| n.path.clone()).collect());
         let generations: Vec<(Vec<u8>, u64)> =
             plan.nodes.iter().filter_map(|n| Some((n.path.clone(), n.generation?))).collect();
-        for n in plan.nodes {
+        for n in &plan.nodes {
             // Parents that this host lacks.
             let mut missing: Vec<Vec<u8>> = Vec::new();
             let mut at = path::parent(&n.path);
@@ -473,7 +532,7 @@ impl Store {
                 self.put_node(&m, self.inherited(&m), &[]);
             }
             undo.push((n.path.clone(), self.tree.get(&n.path).cloned()));
-            let mut perms = n.perms;
+            let mut perms = n.perms.clone();
             for q in &mut perms {
                 q.stale |= !self.know_domain(q.domid, host);
             }
@@ -493,10 +552,11 @@ impl Store {
                 Some((p, ShownGeneration { local, shown }))
             })
             .collect();
+        self.redo.shown(domid, shown.iter().map(|(p, g)| (&p[..], g.local, g.shown)));
         if let Some(d) = self.domains.get_mut(&domid) {
             d.shown_generations = shown;
         }
-        Applied { undo, notify, conn: plan.conn, watches: plan.watches, txs, quotas: plan.quotas }
+        undo
     }
 
     /// Permissions that a node made by dom0 gets from its parent.
@@ -523,6 +583,7 @@ impl Store {
             None => Node::new(now, perms),
         };
         n.value = value.into();
+        self.redo.node(p, &n, true);
         let cost = node_cost(p, &n) as i64;
         if p == b"/" {
             if let Some(root) = self.tree.get_mut(p) {
@@ -544,6 +605,7 @@ impl Store {
                     if let Some(parent) = self.tree.get_mut(path::parent(p)) {
                         parent.perms = settled;
                         parent.generation = self.generation;
+                        self.redo.meta(path::parent(p), parent);
                     }
                 }
             }
@@ -556,6 +618,7 @@ impl Store {
     /// Takes an import back.
     pub(crate) fn undo_import(&mut self, domid: u16, host: &mut dyn Host) {
         let Some(Import { applied: Some(a), .. }) = self.imports.remove(&domid) else { return };
+        self.redo.import_gone(domid);
         for (p, was) in a.undo.into_iter().rev() {
             match was {
                 None => {
@@ -588,7 +651,8 @@ impl Store {
         let local = host.connect(domid, port)?;
         let Some(a) = self.imports.remove(&domid).and_then(|i| i.applied) else { return Err(Errno::EIO) };
         let now = host.now_ms();
-        let id = self.introduced(domid, local, now);
+        self.redo.import_gone(domid);
+        let id = self.introduced(domid, local, port, now);
         // Before its own watches are there: it is not to notice.
         self.fire_special(b"@introduceDomain", Some(domid), now);
         let mut stream_id = 0;
@@ -596,6 +660,7 @@ impl Store {
             stream_id = ic.stream_id;
             if let Some(c) = self.conns.get_mut(&id) {
                 c.target = Some(ic.tdomid).filter(|&t| t != DOMID_INVALID);
+                self.redo.target(domid, c.target);
             }
             if let Err(e) = self.restore_buffers(id, &ic.in_data, ic.out_resp_len, &ic.out_data, now) {
                 // Checked at the import already.
@@ -607,9 +672,7 @@ impl Store {
             for (name, v) in &a.quotas {
                 q.set(name, *v);
             }
-            if let Some(d) = self.domains.get_mut(&domid) {
-                d.quotas = Some(Box::new(q));
-            }
+            self.set_domain_quotas(domid, q);
         }
         if let Some(caller) = self.conns.get(&id).map(|c| self.caller(c)) {
             for w in &a.watches {
@@ -619,6 +682,7 @@ impl Store {
             }
         }
         restore_transactions(self, id, &a.txs, stream_id, now);
+        self.log_transactions(id);
         self.wake(id);
         info!(domid, port, local, watches = a.watches.len(), "attached");
         ok()
@@ -672,6 +736,7 @@ impl Store {
         }
         check_watch_path(path)?;
         a.watches.push(ImportedWatch { path: path.to_vec(), token: token.to_vec(), depth });
+        self.redo.import_watch(domid, path, token, depth);
         ok()
     }
 }

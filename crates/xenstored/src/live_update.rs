@@ -88,6 +88,15 @@ impl Store {
             && self.conns.get(&id).is_some_and(|c| c.transactions.is_empty())
     }
 
+    /// The request for a live update that a domain waits to have answered.
+    pub(crate) fn late_request(&self) -> Option<(u16, Header)> {
+        let l = self.live_update.as_ref()?;
+        match self.conns.get(&l.conn)?.peer {
+            Peer::Domain(d) => Some((d, l.start.as_ref()?.header)),
+            Peer::Socket => None,
+        }
+    }
+
     pub(crate) fn live_update_closed(&mut self, id: ConnId) {
         if self.live_update.as_ref().is_some_and(|l| l.conn == id) {
             info!("live update: the client that asked is gone, abandoned");
@@ -153,6 +162,9 @@ impl Store {
                     Some(l) => {
                         let at_ms = host.now_ms();
                         l.start = Some(Start { header: *h, force, timeout_ms: timeout * 1000, at_ms });
+                        if let Peer::Domain(d) = c.peer {
+                            self.redo.late(d, Some(h));
+                        }
                         info!(force, timeout, "live update: start");
                         Ok(None)
                     }
@@ -211,6 +223,9 @@ impl Store {
     fn late_reply(&mut self, conn: ConnId, h: &Header, text: &str) {
         if let Some(c) = self.conns.get(&conn) {
             let caller = self.caller(c);
+            if let Peer::Domain(d) = caller.peer {
+                self.redo.late(d, None);
+            }
             self.reply(&caller, h, Ok(payload::join([text])));
         }
     }
@@ -343,8 +358,12 @@ impl Store {
                             if s.domain_connection(domid).is_some() {
                                 return Err(fail(index, format!("domain {domid} has two connections")));
                             }
-                            let id = s.introduced(domid, evtchn, host_ref.now_ms());
-                            if let Err(e) = host_ref.adopt(domid, evtchn) {
+                            let id = s.introduced(domid, evtchn, 0, host_ref.now_ms());
+                            let adopted = host_ref.adopt(domid, evtchn);
+                            if let Some(d) = s.domains.get_mut(&domid) {
+                                d.remote_port = adopted.unwrap_or(0);
+                            }
+                            if let Err(e) = adopted {
                                 warn!(domid, port = evtchn, "its ring can't be mapped again: {e}; domain ignored");
                                 s.ignore(id, ring::error::COMM, host_ref);
                             }
@@ -403,7 +422,7 @@ impl Store {
         Ok((s, out, host))
     }
 
-    fn restore_node(&mut self, p: &[u8], perms: PermList, value: Vec<u8>) -> Result<(), String> {
+    pub(crate) fn restore_node(&mut self, p: &[u8], perms: PermList, value: Vec<u8>) -> Result<(), String> {
         match p {
             b"@releaseDomain" => self.release_perms = perms,
             b"@introduceDomain" => self.introduce_perms = perms,
@@ -499,17 +518,24 @@ impl Store {
             if m.event && m.body.first() != Some(&b'@') {
                 c.pending_events.insert(m.body.clone());
             }
-            c.out.push_back(m);
+            c.push(m);
         }
+        self.input_changed(id);
         self.wake(id);
         Ok(())
     }
 }
 
-/// Unprocessed bytes, length of the half-sent message's rest, bytes to send.
-pub(crate) fn buffered(c: &Connection) -> (Vec<u8>, u16, Vec<u8>) {
+/// Bytes that were read and make up requests that wait, or a part of one.
+pub(crate) fn unprocessed(c: &Connection) -> Vec<u8> {
     let mut input: Vec<u8> = c.delayed.iter().flat_map(Message::to_bytes).collect();
     input.extend(c.decoder.partial());
+    input
+}
+
+/// Unprocessed bytes, length of the half-sent message's rest, bytes to send.
+pub(crate) fn buffered(c: &Connection) -> (Vec<u8>, u16, Vec<u8>) {
+    let input = unprocessed(c);
     let mut out = Vec::new();
     let mut first = 0;
     for (i, m) in c.out.iter().enumerate() {

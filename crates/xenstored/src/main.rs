@@ -3,7 +3,7 @@
 use anyhow::{Context, bail};
 use clap::{ArgAction, Parser};
 use std::path::PathBuf;
-use xenstored::daemon::{Daemon, Devices, log::Log, process, xen::Xen};
+use xenstored::daemon::{Daemon, Devices, JournalPlace, log::Log, process, xen::Xen};
 use xenstored::{Options, Quotas};
 
 /// Ferry's xenstore daemon.
@@ -73,6 +73,12 @@ struct Args {
     /// Take over from the daemon that executed this one
     #[arg(short = 'U', long)]
     live_update: bool,
+    /// Folder of the state journal, from which the daemon comes back if it is killed; it should be in memory (tmpfs)
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Keep no state journal
+    #[arg(long)]
+    no_journal: bool,
     /// A second domain with all rights
     #[arg(short = 'p', long, value_name = "DOMID")]
     priv_domid: Option<u16>,
@@ -128,12 +134,13 @@ fn main() -> anyhow::Result<()> {
     let background = if a.no_fork || a.live_update { None } else { Some(process::background()?) };
     let log = Log::start(a.trace_file.as_deref(), !a.no_fork, a.verbose)?;
     let _pid_file = a.pid_file.as_deref().map(process::pid_file).transpose()?;
+    let place = JournalPlace { dir: a.state_dir.unwrap_or_else(xenstored::daemon::run_dir), on: !a.no_journal };
     let daemon = if a.live_update {
-        Daemon::take_over(options, log, |events| Ok(Box::new(Xen::open(Some(events.into()))?)))
+        Daemon::take_over(options, log, place, |events| Ok(Box::new(Xen::open(Some(events.into()))?)))
             .inspect_err(|e| tracing::error!("take-over failed: {e:#}"))?
     } else {
         let xen: Option<Box<dyn Devices>> = if a.no_domain_init { None } else { Some(Box::new(Xen::open(None)?)) };
-        Daemon::start(options, log, xen)?
+        Daemon::start(options, log, xen, place).inspect_err(|e| tracing::error!("it can't start: {e:#}"))?
     };
     if a.output_pid {
         println!("{}", std::process::id());

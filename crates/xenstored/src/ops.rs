@@ -238,6 +238,11 @@ impl Store {
                 }
                 n.perms = perms;
                 n.generation = now;
+                if value.is_some() {
+                    self.redo.node(path, n, false);
+                } else {
+                    self.redo.meta(path, n);
+                }
             }
             Some(t) => {
                 let a = self.join(c, t, path)?;
@@ -416,6 +421,14 @@ impl Store {
         }
         parent.perms = settled;
         parent.generation = now;
+        self.redo.meta(top, parent);
+        if self.redo.is_on() {
+            for p in missing.iter().rev() {
+                if let Some(n) = self.tree.get(p) {
+                    self.redo.node(p, n, false);
+                }
+            }
+        }
         Ok(())
     }
 
@@ -470,6 +483,8 @@ impl Store {
         parent.children.remove(leaf);
         parent.perms = parent_perms;
         parent.generation = now;
+        self.redo.remove(path);
+        self.redo.meta(parent_path, parent);
         let parent_owner = parent.owner();
         let _ = self.charge(parent_owner, -(leaf.len() as i64 + 1), false);
         for (own, cost) in costs {
@@ -540,7 +555,9 @@ impl Store {
             if !(r.write && r.owner) {
                 return Err(Errno::EACCES);
             }
-            if first == b"@releaseDomain" {
+            let release = first == b"@releaseDomain";
+            self.redo.special(release, &perms);
+            if release {
                 self.release_perms = perms;
             } else {
                 self.introduce_perms = perms;
@@ -612,6 +629,9 @@ impl Store {
         }
         let w = Watch { conn: c.conn, path: abs.into(), strip, token: Rc::from(token), depth };
         self.charge(c.domid, w.size() as i64, check).map_err(|_| Errno::ENOMEM)?;
+        if is_domain {
+            self.redo.watch(c.domid, wpath, token, depth);
+        }
         if is_domain && let Some(d) = self.domains.get_mut(&c.domid) {
             d.watches += 1;
         }
@@ -640,6 +660,7 @@ impl Store {
             && let Some(d) = self.domains.get_mut(&c.domid)
         {
             d.watches = d.watches.saturating_sub(1);
+            self.redo.unwatch(c.domid, &path, token);
         }
         ok()
     }
@@ -661,7 +682,12 @@ impl Store {
         let id = conn.next_tx;
         conn.next_tx = conn.next_tx.wrapping_add(1);
         self.generation += 1;
-        conn.transactions.insert(id, Transaction::new(id, self.generation, host.now_ms()));
+        let mut t = Transaction::new(id, self.generation, host.now_ms());
+        if let Peer::Domain(d) = conn.peer {
+            self.redo.tx_open(d, id, t.generation, false, false);
+            t.logged = Some((false, false));
+        }
+        conn.transactions.insert(id, t);
         self.open_transactions += 1;
         Ok(Some(payload::join([id.to_string()])))
     }
@@ -755,6 +781,17 @@ impl Store {
             }
             for a in &change.added {
                 n.children.insert(a.clone(), Rc::new(Node::new(now, perms.clone())));
+            }
+            self.redo.node(p, n, false);
+            if self.redo.is_on() {
+                for r in change.removed.iter() {
+                    self.redo.remove(&path::join(p, r));
+                }
+                for a in &change.added {
+                    if let Some(n) = n.children.get(a) {
+                        self.redo.node(&path::join(p, a), n, false);
+                    }
+                }
             }
         }
         for (p, _) in &changes {

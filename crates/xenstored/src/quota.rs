@@ -30,6 +30,20 @@ macro_rules! quotas {
                 $(if name == $name.as_bytes() { self.$field = value; return true; })*
                 false
             }
+
+            /// All values, in the order of the names.
+            pub fn values(&self) -> Vec<u32> {
+                vec![$(self.$field),*]
+            }
+
+            /// Of all values, in the order of the names.
+            ///
+            /// # Errors
+            /// Their number is wrong.
+            pub fn from_values(values: &[u32]) -> Result<Quotas, &'static str> {
+                let [$($field),*] = *values else { return Err("the number of quotas is wrong") };
+                Ok(Quotas { $($field),* })
+            }
         }
     };
 }

@@ -8,6 +8,7 @@ use crate::live_update::LiveUpdate;
 use crate::node::{Names, Node, PermList, Tree, owner};
 use crate::quota::{Quotas, SOFT_MEMORY, node_size};
 use crate::rate::{Credit, Limiter};
+use crate::redo::Redo;
 use crate::tx::{Accessed, NO_GENERATION, State, Transaction};
 use crate::watch::Watches;
 use std::collections::{BTreeMap, HashMap};
@@ -51,6 +52,8 @@ pub struct Domain {
     pub conn: Option<ConnId>,
     /// The daemon's port.
     pub port: u32,
+    /// The domain's own port that it is connected to; 0 if that is not known.
+    pub remote_port: u32,
     /// Its shutdown was noticed.
     pub shutdown: bool,
     /// Nodes that it owns.
@@ -161,7 +164,7 @@ pub struct Store {
     pub(crate) next_conn: ConnId,
     pub(crate) watches: Watches,
     pub(crate) requests: HashMap<RequestId, OpenRequest>,
-    next_request: RequestId,
+    pub(crate) next_request: RequestId,
     pub(crate) options: Options,
     pub(crate) release_perms: PermList,
     pub(crate) introduce_perms: PermList,
@@ -175,6 +178,10 @@ pub struct Store {
     pub(crate) delayed_ready: bool,
     pub(crate) default_perms: PermList,
     pub(crate) names: Names,
+    /// `generation` as the journal knows it.
+    pub(crate) logged_generation: u64,
+    /// Changes for the journal.
+    pub(crate) redo: Redo,
 }
 
 impl Store {
@@ -216,6 +223,8 @@ impl Store {
             delayed_ready: false,
             default_perms: perms,
             names: Names::default(),
+            logged_generation: 0,
+            redo: Redo::default(),
         };
         s.domains.insert(0, Domain::default());
         s
@@ -333,6 +342,9 @@ impl Store {
     /// The connection must be closed (a socket) or is ignored from now on (a domain).
     pub fn input(&mut self, id: ConnId, bytes: &[u8], host: &mut dyn Host) -> Result<usize, Broken> {
         let c = self.conns.get_mut(&id).ok_or(Broken::Unknown)?;
+        if let Peer::Domain(d) = c.peer {
+            self.redo.touch(d);
+        }
         let n = match c.decoder.feed(bytes) {
             Ok(n) => n,
             Err(e) => {
@@ -342,6 +354,7 @@ impl Store {
             }
         };
         if let Some(m) = c.decoder.take() {
+            c.logged.input_kept = false;
             self.consider(id, m, host);
         }
         Ok(n)
@@ -367,6 +380,7 @@ impl Store {
             while let Some(m) =
                 self.conns.get_mut(&id).filter(|c| c.frozen.is_none()).and_then(|c| c.delayed.pop_front())
             {
+                self.input_changed(id);
                 if self.live_update_delays(id, &m) {
                     if let Some(c) = self.conns.get_mut(&id) {
                         c.delayed.push_front(m);
@@ -386,9 +400,21 @@ impl Store {
         c.decoder.reset();
         c.delayed.clear();
         let peer = c.peer;
+        self.input_changed(id);
         self.forget_client_state(id);
         if let Peer::Domain(d) = peer {
+            self.redo.ignored(d);
             host.set_ring_error(d, error);
+        }
+    }
+
+    /// The beginning of a connection's unprocessed input is another.
+    pub(crate) fn input_changed(&mut self, id: ConnId) {
+        if let Some(c) = self.conns.get_mut(&id) {
+            c.logged.input_kept = false;
+            if let Peer::Domain(d) = c.peer {
+                self.redo.touch(d);
+            }
         }
     }
 
@@ -405,6 +431,9 @@ impl Store {
         let Some(c) = self.conns.get_mut(&id) else { return };
         let domid = c.peer.domid();
         let is_domain = matches!(c.peer, Peer::Domain(_));
+        if is_domain && !c.watches.is_empty() {
+            self.redo.unwatch_all(domid);
+        }
         for w in std::mem::take(&mut c.watches) {
             if let Some(w) = self.watches.remove(w) {
                 let _ = self.charge(domid, -(w.size() as i64), false);
@@ -418,7 +447,11 @@ impl Store {
     pub(crate) fn drop_transactions(&mut self, id: ConnId) {
         let Some(c) = self.conns.get_mut(&id) else { return };
         let domid = c.peer.domid();
+        let is_domain = matches!(c.peer, Peer::Domain(_));
         for t in std::mem::take(&mut c.transactions).into_values() {
+            if is_domain {
+                self.redo.tx_end(domid, t.id);
+            }
             self.transaction_over(domid, &t);
         }
     }
@@ -448,6 +481,9 @@ impl Store {
 
     /// So many bytes of the output went out.
     pub fn wrote(&mut self, id: ConnId, mut n: usize) {
+        if let Some(Peer::Domain(d)) = self.conns.get(&id).map(|c| c.peer) {
+            self.redo.touch(d);
+        }
         while n > 0 {
             let Some(m) = self.conns.get_mut(&id).and_then(|c| c.out.front_mut()) else { return };
             let part = n.min(m.left());
@@ -465,6 +501,9 @@ impl Store {
     fn sent(&mut self, id: ConnId, m: Outgoing) {
         let Some(c) = self.conns.get_mut(&id) else { return };
         let domid = c.peer.domid();
+        if matches!(c.peer, Peer::Domain(_)) {
+            self.redo.touch(domid);
+        }
         if m.event {
             c.pending_events.remove(&m.body);
         }
@@ -525,6 +564,10 @@ impl Store {
             c.out = keep;
             let old: std::collections::VecDeque<Outgoing> = old;
             debug!(peer = ?c.peer, count = old.len(), "watch events timed out");
+            if self.redo.is_on() {
+                let known = c.logged.next_out;
+                c.logged.dropped.extend(old.iter().map(|m| m.seq).filter(|&s| s < known));
+            }
             for m in old {
                 self.sent(id, m);
             }
@@ -544,7 +587,12 @@ impl Store {
         let hard = i64::from(self.quotas(domid).memory);
         let Some(d) = self.domains.get_mut(&domid) else { return Err(Errno::ENOENT) };
         let new = d.memory + bytes;
+        let mut goes_on = None;
         if limited {
+            // Its requests waited, and nobody may raise its port for that: others may have freed the memory.
+            if hard != 0 && d.memory >= hard && new < hard {
+                goes_on = d.conn;
+            }
             let ignored = d.conn.and_then(|c| self.conns.get(&c)).is_some_and(|c| c.ignored);
             let over = hard != 0 && new >= hard && !ignored;
             if over != d.hard_reported {
@@ -566,6 +614,9 @@ impl Store {
             }
         }
         d.memory = new;
+        if let Some(id) = goes_on {
+            self.wake(id);
+        }
         Ok(())
     }
 
@@ -602,6 +653,7 @@ impl Store {
             return false;
         }
         self.domains.insert(domid, Domain { born: self.generation, ..Domain::default() });
+        self.redo.known(domid, self.generation);
         true
     }
 
@@ -672,6 +724,9 @@ impl Store {
             let generation = base.as_ref().map_or(NO_GENERATION, |b| b.generation);
             t.nodes.insert(key, Accessed { base, generation, state: State::Unchanged, fire: None, charged });
         }
+        if self.redo.is_on() && matches!(c.peer, Peer::Domain(_)) && t.touched.last().is_none_or(|p| **p != *path) {
+            t.touched.push(Rc::from(path));
+        }
         t.nodes.get_mut(path).ok_or(Errno::EIO)
     }
 
@@ -740,13 +795,21 @@ impl Store {
         };
         debug!(conn = id, op = op.map_or("?", Op::name), len = m.payload.len(), ok = answer.is_ok(), "request");
         // The transaction is put back unless it was ended; the connection may be gone (a domain that released itself).
-        if let Some(t) = tx {
+        if let Some(mut t) = tx {
+            if let Peer::Domain(d) = caller.peer
+                && self.conns.contains_key(&id)
+            {
+                self.log_transaction(d, &mut t);
+            }
             match self.conns.get_mut(&id) {
                 Some(c) => drop(c.transactions.insert(t.id, t)),
                 None => self.transaction_over(caller.domid, &t),
             }
         } else if had_tx {
             self.open_transactions = self.open_transactions.saturating_sub(1);
+            if let Peer::Domain(d) = caller.peer {
+                self.redo.tx_end(d, h.tx_id);
+            }
         }
         match answer {
             Ok(None) => self.forget_request(&caller),
@@ -791,7 +854,10 @@ impl Store {
         let header = Header { op, req_id: h.req_id, tx_id: h.tx_id, len: body.len() as u32 };
         let mut m = Outgoing::new(header, Rc::from(body));
         m.request = c.request;
-        conn.out.push_back(m);
+        conn.push(m);
+        if let Peer::Domain(d) = conn.peer {
+            self.redo.touch(d);
+        }
         if c.request.is_some()
             && let Some(d) = self.domains.get_mut(&c.domid)
         {
@@ -838,7 +904,10 @@ impl Store {
             if !special {
                 c.pending_events.insert(body);
             }
-            c.out.push_back(m);
+            c.push(m);
+        }
+        if let Peer::Domain(d) = peer {
+            self.redo.touch(d);
         }
         self.wake(id);
     }
@@ -903,6 +972,9 @@ impl Store {
             let e = HeldEvent { path: Rc::from(path), watch: w };
             if !f.held.contains(&e) {
                 f.held.push(e);
+                if let Some(Peer::Domain(d)) = self.conns.get(&id).map(|c| c.peer) {
+                    self.redo.held(d, path, &watch.path, &watch.token);
+                }
             }
             return;
         }

@@ -178,6 +178,10 @@ pub struct Transaction {
     pub created: bool,
     /// Memory accounted to its owner.
     pub charged: usize,
+    /// Nodes that the journal does not know in their latest state; some more than once.
+    pub touched: Vec<Rc<[u8]>>,
+    /// What the journal knows of `fail` and `created`; `None`: it does not know the transaction.
+    pub logged: Option<(bool, bool)>,
 }
 
 impl Transaction {
@@ -192,6 +196,8 @@ impl Transaction {
             fail: false,
             created: false,
             charged: 0,
+            touched: Vec::new(),
+            logged: None,
         }
     }
 }

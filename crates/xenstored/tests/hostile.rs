@@ -179,6 +179,29 @@ fn a_header_that_never_ends_and_an_open_transaction_cost_the_others_nothing() {
 }
 
 #[test]
+fn a_guest_whose_memory_others_free_goes_on() {
+    let mut w = World::new(Options::default());
+    let t = w.tool();
+    let g = w.guest(t, 1);
+    for i in 0..20 {
+        w.write(g, &format!("n{i}"), &"v".repeat(1000)).unwrap();
+    }
+    assert_eq!(w.store.wants(g, 0), 16);
+    w.ok(t, Op::Control, &["quota", "set", "memory", "10000"]);
+    assert_eq!(w.store.wants(g, 0), 0, "its requests wait");
+    w.store.take_woken();
+    for i in 0..20 {
+        assert!(!w.store.take_woken().contains(&g), "too early, at {i}");
+        w.ok(t, Op::Rm, &[&format!("/local/domain/1/n{i}")]);
+        if w.store.wants(g, 0) > 0 {
+            assert!(w.store.take_woken().contains(&g), "nobody looks at its ring");
+            return;
+        }
+    }
+    panic!("its requests wait for ever");
+}
+
+#[test]
 fn the_root_outlives_the_domain_that_it_was_given_to() {
     let mut w = World::new(Options::default());
     let t = w.tool();

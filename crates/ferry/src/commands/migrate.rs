@@ -5,8 +5,9 @@ use crate::control::{Answer, Client, DryRun, Migrate, Request, Status};
 use crate::exit::{Exit, Failure};
 use anyhow::{Context, Result};
 use migrate::report::{Phase, Place, Progress, Report};
+use std::fs::File;
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Where the configuration is.
@@ -38,6 +39,9 @@ pub struct Args {
     /// Write the report as JSON to standard output
     #[arg(long)]
     json: bool,
+    /// Also write the report as JSON to this file (transparent mode only); it stays empty if there is none to write
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
+    report: Option<PathBuf>,
     #[command(flatten)]
     config: ConfigArg,
     /// More arguments for `xl migrate` (cooperative mode only)
@@ -63,6 +67,9 @@ fn cooperative(args: &Args) -> Result<()> {
             "stock xl keeps no limits; give --mode transparent, or leave --downtime-limit and --max-time out",
         ));
     }
+    if args.report.is_some() {
+        return Err(refused("stock xl writes no report; give --mode transparent, or leave --report out"));
+    }
     let status = Command::new("xl")
         .arg("migrate")
         .args(&args.xl)
@@ -83,6 +90,8 @@ fn transparent(args: &Args, config: &Config) -> Result<()> {
     if !args.xl.is_empty() {
         return Err(refused("arguments for xl make no sense with --mode transparent"));
     }
+    // That it can't be written is said before anything is touched.
+    let mut file = args.report.as_deref().map(create).transpose()?;
     let request = Migrate {
         domain: args.domain.clone(),
         host: args.host.clone(),
@@ -99,10 +108,15 @@ fn transparent(args: &Args, config: &Config) -> Result<()> {
             Ok(Some(Answer::Report(report))) => {
                 answered = true;
                 line.clear();
+                let as_json = serde_json::to_string_pretty(&report)? + "\n";
                 if args.json {
-                    println!("{}", serde_json::to_string_pretty(&report)?);
+                    print!("{as_json}");
                 } else if report.moved || !report.steps.is_empty() {
                     print_report(&report);
+                }
+                if let Some((file, path)) = &mut file {
+                    file.write_all(as_json.as_bytes())
+                        .with_context(|| format!("write the report to {}", path.display()))?;
                 }
             }
             Ok(Some(Answer::DryRun(dry))) => {
@@ -124,6 +138,11 @@ fn transparent(args: &Args, config: &Config) -> Result<()> {
             }
         }
     }
+}
+
+fn create(path: &Path) -> Result<(File, &Path)> {
+    let file = File::create(path).with_context(|| format!("--report: create {}", path.display()))?;
+    Ok((file, path))
 }
 
 fn tell_dry_run(dry: &DryRun, json: bool) -> Result<()> {

@@ -27,13 +27,17 @@ pub fn ramdisk(
 ) -> Result<()> {
     let out = File::create(path).with_context(|| format!("make {}", path.display()))?;
     let mut archive = Archive::new(BufWriter::new(out));
-    for directory in ["dev", "proc", "sys", "run", "tmp", "etc", "lib", MODULES] {
+    for directory in ["dev", "proc", "sys", "run", "tmp", "etc", "sbin", "lib", MODULES] {
         archive.directory(directory, 0o755)?;
     }
     archive.device("dev/console", 0o600, 5, 1)?;
     archive.device("dev/null", 0o666, 1, 3)?;
     archive.device("dev/kmsg", 0o644, 1, 11)?;
     archive.file("init", 0o755, &fs::read(init).with_context(|| format!("read {}", init.display()))?)?;
+    // The kernel runs these when the toolstack asks the guest to end.
+    for name in ["poweroff", "reboot"] {
+        archive.link(&format!("sbin/{name}"), "/init")?;
+    }
     let found = Modules::find(&kernel.tree)?;
     let mut order = String::new();
     for module in found.closure(modules)? {

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-/// Silences that are remembered.
-const KEPT_SILENCES: usize = 8;
+/// Silences that are remembered: of every move of a long run, and of the emulator's pauses between them.
+const KEPT_SILENCES: usize = 64;
 /// How far back a late or second packet is still told from a lost one.
 const WINDOW: usize = 8192;
 

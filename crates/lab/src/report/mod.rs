@@ -81,6 +81,11 @@ impl MoveReport {
             verdict,
         }
     }
+
+    /// From the pause to the unpause, as the tool itself reports it.
+    pub fn blackout(&self) -> Option<Duration> {
+        self.entry.report.as_ref().map(|r| Duration::from_micros(r.blackout_us))
+    }
 }
 
 /// One guest with a witness.
@@ -218,6 +223,7 @@ impl RunReport {
             writeln!(out, "    longest UDP silence     {}", maybe(entry.udp_silence))?;
             writeln!(out, "    longest TCP silence     {}", maybe(entry.tcp_silence))?;
             writeln!(out, "    gap of guest's clock    {}", maybe(entry.clock_gap))?;
+            writeln!(out, "    blackout by its report  {}", maybe(entry.blackout()))?;
             if let (Some(before), Some(after)) = entry.domids {
                 writeln!(out, "    domid                   {before} before, {after} after")?;
             }

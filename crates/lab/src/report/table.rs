@@ -40,7 +40,7 @@ pub(super) fn write(out: &mut String, moves: &[MoveReport]) -> Result {
     };
     let moved = |m: &MoveReport| if m.entry.moved { "arrived" } else { "did not move" }.to_owned();
     type Cell<'a> = &'a dyn Fn(&MoveReport) -> String;
-    let figures: [(&str, Cell<'_>); 9] = [
+    let figures: [(&str, Cell<'_>); 10] = [
         ("", &|m| m.entry.how.to_owned()),
         ("", &way),
         ("the guest", &moved),
@@ -49,6 +49,7 @@ pub(super) fn write(out: &mut String, moves: &[MoveReport]) -> Result {
         ("longest UDP silence", &|m| maybe(m.udp_silence)),
         ("longest TCP silence", &|m| maybe(m.tcp_silence)),
         ("gap of guest's clock", &|m| maybe(m.clock_gap)),
+        ("blackout by the tool's report", &|m| maybe(m.blackout())),
         ("domid", &domids),
     ];
     let mut rows: Vec<(String, Vec<String>)> =
@@ -98,6 +99,7 @@ pub(super) mod tests {
             bytes: 5 << 20,
             window: None,
             output: String::new(),
+            report: None,
             expected: Default::default(),
             at_start: Default::default(),
             before: None,
@@ -132,6 +134,7 @@ pub(super) mod tests {
         assert_eq!(row("bytes")[1], "5.0 MiB");
         assert_eq!(row("longest UDP"), ["longest UDP silence", "700 ms", "700 ms", "700 ms"]);
         assert_eq!(row("longest TCP")[1..], ["not seen", "not seen", "not seen"]);
+        assert_eq!(row("blackout")[1..], ["not seen", "not seen", "not seen"]);
         assert_eq!(row("domid"), ["domid", "1, then 4", "1, as before", "1, as before"]);
         // What was not judged is not passed, and what is not as expected is marked.
         assert_eq!(row("T1"), ["T1", "domid, uuid and name", "FAIL", "pass", "not exercised !"]);

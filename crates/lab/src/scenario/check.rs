@@ -85,6 +85,12 @@ fn check_guests(scenario: &Scenario, disks: &Names<'_>) -> Checked {
         if guest.vcpus == 0 {
             return misfit(&guest.name, "vcpus: a guest needs at least one".to_owned());
         }
+        if let Some(init) = &guest.init
+            && (guest.witness || guest.ramdisk.is_some())
+        {
+            let message = "init: it takes the witness's place and is in a ramdisk of the lab's: set witness = false, and no ramdisk";
+            return misfit(init, message.to_owned());
+        }
         if let Err((span, message)) = guest.workload.settings() {
             return Err(Misfit { span, message });
         }

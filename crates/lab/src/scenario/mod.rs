@@ -120,6 +120,8 @@ pub struct Guest {
     pub kernel: Option<PathBuf>,
     /// A file beside the scenario or an absolute path; the witness if absent.
     pub ramdisk: Option<PathBuf>,
+    /// A static program of this project that is the guest's init instead of the witness.
+    pub init: Option<Spanned<String>>,
     /// Added to the kernel's command line.
     #[serde(default)]
     pub command_line: String,

@@ -88,6 +88,7 @@ fn errors_name_the_line_and_the_key() {
         ("mac = \"00:16:3e:00:00:01\"", "mac = \"00:16:3e:00:01\"", "not an Ethernet address"),
         ("mac = \"00:16:3e:00:00:01\"", "mac = \"01:16:3e:00:00:01\"", "group address"),
         ("disk = \"lun\"", "disk = \"nul\"", "disk: there is no disk"),
+        ("name = \"g\"", "init = \"vandal\"\nname = \"g\"", "init: it takes the witness's place"),
         ("name = \"b\"", "name = \"a\"", "two hosts"),
         ("name = \"b\"", "name = \"../b\"", "name: a host's name"),
         ("cut = { host = \"b\" }", "cut = { host = \"peer\" }", "host: there is no host"),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use hypervisor::inspect::GuestState;
+use migrate::report::Report;
 
 use super::host::{End, Ran};
 use super::plan::{self, DOM0_FOLDER, GuestFiles, shell_word};
@@ -245,7 +246,7 @@ impl Executor<'_> {
             me.must(&ran, what, host.name(), Some(guest))?;
             Ok(ran.stdout)
         };
-        for last in [false, false, true] {
+        for last in [false, false, false, false, true] {
             let before = self.snapshot(guest)?.body;
             let text = ask(self, "ferry inspect", &format!("ferry inspect {word} --json"))?;
             let state: GuestState = serde_json::from_str(&text).context("read what `ferry inspect --json` wrote")?;
@@ -257,7 +258,9 @@ impl Executor<'_> {
             let after = self.snapshot(guest)?.body;
             let others =
                 Witnesses { before: &before, after: &after, console: &console, lsevtchn: &lsevtchn, dmesg: &dmesg };
-            if !others.settled() && !last {
+            // A kernel that is between two timers is as little of use as one that opens ports.
+            let usable = others.settled() && inspection::has_timer(&state);
+            if !usable && !last {
                 continue;
             }
             let file = self.lab.folder.join(format!("inspect-{guest}.json"));
@@ -315,7 +318,9 @@ impl Executor<'_> {
         let (word, options) = (shell_word(guest), &how.options);
         let script = match how.tool {
             MigrateTool::Xl => format!("xl migrate -s {DOM0_FOLDER}/lab-remote {options} {word} {addr}"),
-            MigrateTool::Ferry => format!("ferry migrate {options} {word} {addr}"),
+            MigrateTool::Ferry => {
+                format!("ferry migrate --report {} {options} {word} {addr}", plan::report_file(self.moves.len()))
+            }
         };
         let moving = self.begin_move(guest, tool_name(how.tool), to)?;
         if let Some(entry) = self.moves.get_mut(moving) {
@@ -332,6 +337,10 @@ impl Executor<'_> {
     fn migrated(&mut self, how: &Migrate, moving: usize, ran: &Ran) -> Result<()> {
         let guest = how.guest.get_ref();
         let (from, to) = self.moves.get(moving).map(|m| (m.from.clone(), m.to.clone())).unwrap_or_default();
+        if how.tool == MigrateTool::Ferry {
+            let report = self.report_of(&from, moving, ran)?;
+            self.moves.get_mut(moving).into_iter().for_each(|m| m.report.clone_from(&report));
+        }
         let arrived = ran.success() && self.is_on(guest, &to);
         self.end_move(moving, ran, arrived, None);
         let tool = tool_name(how.tool);
@@ -355,6 +364,18 @@ impl Executor<'_> {
             bail!("{tool} {guest} to {to} did not write {want:?}: {}", ran.describe());
         }
         Ok(())
+    }
+
+    /// The report that `ferry migrate` has written for its caller; `None` if it has come to none.
+    fn report_of(&self, from: &str, moving: usize, ran: &Ran) -> Result<Option<Report>> {
+        if !matches!(ran.end, End::Exited(_)) {
+            return Ok(None);
+        }
+        let cat = self.host(from)?.shell(&format!("cat {}", plan::report_file(moving)), SHORT)?;
+        if !cat.success() || cat.stdout.trim().is_empty() {
+            return Ok(None);
+        }
+        serde_json::from_str(&cat.stdout).map(Some).context("read the report of ferry migrate")
     }
 
     pub(super) fn is_on(&self, guest: &str, host: &str) -> bool {

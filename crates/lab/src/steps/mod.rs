@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use migrate::report::Report;
 use serde::Serialize;
 use witness::judge::Window;
 use witness::report::Snapshot;
@@ -90,6 +91,8 @@ pub struct Move {
     pub window: Option<Window>,
     /// What the tool wrote.
     pub output: String,
+    /// `ferry migrate`'s own report, if it wrote one.
+    pub report: Option<Report>,
     /// What the scenario expects of this move alone.
     #[serde(skip)]
     pub expected: BTreeMap<Promise, Expected>,
@@ -309,6 +312,7 @@ impl<'a> Executor<'a> {
             moved: false,
             window: before.as_ref().map(|b| Window { from_ns: b.mono_ns, to_ns: b.mono_ns }),
             output: String::new(),
+            report: None,
             expected: BTreeMap::new(),
             at_start: self.mark(guest),
             before,

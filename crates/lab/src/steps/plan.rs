@@ -8,7 +8,7 @@ use witness::config::{Cidr, Config, ConsoleLevel};
 
 use crate::net::Mac;
 use crate::net::peer::{GuestLink, PeerConfig, Rates};
-use crate::scenario::{Guest, GuestType, Scenario, Vbd};
+use crate::scenario::{Guest, GuestType, Scenario, Vbd, Vif};
 
 /// Folder in dom0 for what the lab puts there.
 pub const DOM0_FOLDER: &str = "/root/lab";
@@ -99,12 +99,17 @@ impl GuestFiles {
         let of = |own: bool, kind: &str| {
             if own { format!("{DOM0_FOLDER}/{name}.{kind}") } else { format!("{DOM0_FOLDER}/{kind}") }
         };
-        Self {
-            kernel: of(guest.kernel.is_some(), "kernel"),
-            ramdisk: of(guest.ramdisk.is_some(), "ramdisk"),
-            config: format!("{DOM0_FOLDER}/{name}.cfg"),
-        }
+        let ramdisk = match &guest.init {
+            Some(init) => init_ramdisk(init.get_ref()),
+            None => of(guest.ramdisk.is_some(), "ramdisk"),
+        };
+        Self { kernel: of(guest.kernel.is_some(), "kernel"), ramdisk, config: format!("{DOM0_FOLDER}/{name}.cfg") }
     }
+}
+
+/// Where the ramdisk with another init than the witness is in each dom0.
+pub fn init_ramdisk(init: &str) -> String {
+    format!("{DOM0_FOLDER}/{init}.ramdisk")
 }
 
 /// Text in double quotes as `xl` reads it.
@@ -148,7 +153,9 @@ pub fn xl_config(index: usize, guest: &Guest, disks: &BTreeMap<String, String>) 
         line("serial", quoted("pty"));
     }
     let list = |items: Vec<String>| format!("[ {} ]", items.iter().map(|i| quoted(i)).collect::<Vec<_>>().join(", "));
-    let vifs = guest.vifs.iter().map(|vif| format!("mac={},bridge={}", vif.mac.get_ref(), vif.bridge)).collect();
+    // Without an MTU of its own a vif would get its bridge's, which is for what the hosts send each other.
+    let vif = |vif: &Vif| format!("mac={},bridge={},mtu=1500", vif.mac.get_ref(), vif.bridge);
+    let vifs = guest.vifs.iter().map(vif).collect();
     line("vif", list(vifs));
     let vbds = guest.vbds.iter().map(|vbd| {
         let path = disks.get(vbd.disk.get_ref()).map_or("", String::as_str);
@@ -160,6 +167,11 @@ pub fn xl_config(index: usize, guest: &Guest, disks: &BTreeMap<String, String>) 
         let _ = writeln!(text, "{extra}");
     }
     text
+}
+
+/// Where `ferry migrate` leaves its report of the run's `index`th move, in the source's dom0.
+pub fn report_file(index: usize) -> String {
+    format!("/run/ferry-report-{index}.json")
 }
 
 /// A word for the shell, quoted so that it stays one word.
@@ -209,7 +221,7 @@ kernel = "bzImage"
             "vcpus = 2\n",
             "memory = 256\n",
             "cpuid = \"host,rdtscp=0\"\n",
-            "vif = [ \"mac=00:16:3e:00:00:01,bridge=xenbr0\", \"mac=00:16:3e:00:00:02,bridge=xenbr0\" ]\n",
+            "vif = [ \"mac=00:16:3e:00:00:01,bridge=xenbr0,mtu=1500\", \"mac=00:16:3e:00:00:02,bridge=xenbr0,mtu=1500\" ]\n",
             "disk = [ \"format=raw,vdev=xvda,access=rw,backendtype=phy,target=/dev/disk/by-id/lun\" ]\n",
             "maxvcpus = 4\n",
             " quiet say=\\\"hi\\\"\"\n",

@@ -158,6 +158,29 @@ fn a_migration_must_end_as_the_scenario_says() {
     assert!(run(&text, vec![], vec![("xl domid", 1, "")]).result.is_err());
 }
 
+const FERRY: &str = "[[step]]\nmigrate = { guest = \"g\", to = \"b\", tool = \"ferry\" }\n";
+const REPORT: &str = r#"{"id": "00000000-0000-0000-0000-000000000001", "domid": 1, "name": "g", "peer": "10.77.0.102",
+    "moved": true, "error": null, "ending": "moved", "rounds": [], "bytes": 5, "total_ms": 9, "blackout_us": 7000,
+    "steps": [{"place": "source", "name": "pause", "micros": 7000}]}"#;
+
+#[test]
+fn the_report_of_ferry_is_kept_beside_what_it_wrote() {
+    let text = format!("{CREATE}{FERRY}{}", FERRY.replace("\"b\"", "\"a\""));
+    let first = vec![("cat /run/ferry-report-0.json", 0, REPORT), ("ferry migrate --report", 0, "it runs")];
+    let done = run_with_ferry(&text, first, vec![]);
+    done.result.unwrap();
+    let report = done.moves[0].report.as_ref().expect("a report");
+    assert_eq!((report.blackout_us, report.steps[0].name.as_str()), (7000, "pause"));
+    assert_eq!(done.moves[0].output, "it runs");
+    // The second wrote none, on the other host.
+    assert!(done.logs[1].iter().any(|s| s.starts_with("ferry migrate --report /run/ferry-report-1.json ")));
+    assert_eq!(done.moves[1].report, None);
+    // One that can't be read is not passed over.
+    let broken = vec![("cat /run/ferry-report-0.json", 0, "{\"id\": 3}")];
+    let error = format!("{:#}", run_with_ferry(&text, broken, vec![]).result.unwrap_err());
+    assert!(error.contains("the report of ferry migrate"), "{error}");
+}
+
 #[test]
 fn steps_go_on_while_one_runs_in_the_background() {
     let background = XL.replace("tool", "background = \"m\", tool");

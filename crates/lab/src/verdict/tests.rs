@@ -41,6 +41,7 @@ fn a_move(domid_after: u16) -> Move {
         bytes: 1,
         window: Some(witness::judge::Window { from_ns: nanos(s(20)), to_ns: nanos(s(26)) }),
         output: String::new(),
+        report: None,
         expected: Default::default(),
         at_start: Default::default(),
         before: Some(look(19, 1)),

@@ -231,8 +231,12 @@ pub fn decode(
     mut each: impl FnMut(&Event<'_>) -> Result<(), StreamError>,
 ) -> Result<(), StreamError> {
     let mut decoder = Decoder::default();
-    for chunk in bytes.chunks(piece.max(1)) {
-        decoder.feed(chunk);
+    for (number, chunk) in bytes.chunks(piece.max(1)).enumerate() {
+        // Turn and turn about, as neither may make a difference.
+        match number % 2 {
+            0 => decoder.feed_owned(chunk.to_vec()),
+            _ => decoder.feed(chunk),
+        }
         while let Some(event) = decoder.next()? {
             each(&event)?;
         }

@@ -1,9 +1,10 @@
-//! Times the stock daemon and ours side by side, with a bare echo server beside them: `cargo xtask bench xenstored`.
+//! Times the stock daemons (C and OCaml) and ours side by side, with a bare echo server beside them: `cargo xtask bench xenstored`.
 //!
+//! The echo server does what any daemon must do for a request: it waits with epoll for all its clients, reads once, and writes once.
 //! One thread drives all clients: it sends one request on each connection, then takes the replies. A latency is that of
 //! one operation from its first byte out to its last byte in; a transaction is start, read, write, commit. Beside them
 //! stands the daemon's own time on a CPU for each operation: with many clients the driver is the bottleneck, and what
-//! counts is how much of the machine the daemon takes.
+//! counts is how much of the machine the daemon takes, and how much of that is not the socket's.
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
@@ -11,9 +12,9 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use xenstore_trial::FakeXen;
 use xenstore_trial::stock::{Programs, Stock};
-use xenstore_wire::{HEADER_LEN, Header, Message, Op, payload};
+use xenstore_trial::{Connection, FakeXen};
+use xenstore_wire::{HEADER_LEN, Header, Op, payload};
 
 #[derive(Debug, Parser)]
 struct Args {
@@ -26,8 +27,11 @@ struct Args {
     /// Milliseconds for each row
     #[arg(long, default_value_t = 500)]
     time: u64,
-    /// Fail unless ours is at least as fast on every row, takes at most half of the CPU time on those with several
-    /// clients, and no more memory
+    /// What the state journal costs: ours without it in the stock daemon's place, and rows for dom0's ring
+    #[arg(long, conflicts_with = "check")]
+    journal: bool,
+    /// Fail unless ours is at least as fast as the stock C daemon on every row, takes at most half of its CPU time (beyond what the
+    /// echo server takes) on those with several clients, and no more memory
     #[arg(long)]
     check: bool,
 }
@@ -41,41 +45,45 @@ fn path(i: usize) -> String {
 
 struct Client {
     stream: UnixStream,
-    buf: Vec<u8>,
+    /// Bytes `at..end` are read and not taken.
+    buf: Box<[u8]>,
     at: usize,
+    end: usize,
 }
 
 impl Client {
     fn connect(socket: &Path) -> Result<Client> {
-        Ok(Client { stream: UnixStream::connect(socket)?, buf: Vec::new(), at: 0 })
+        Ok(Client { stream: UnixStream::connect(socket)?, buf: vec![0; 16384].into(), at: 0, end: 0 })
     }
 
     fn send(&mut self, op: Op, tx: u32, body: &[u8]) -> Result<()> {
-        self.stream.write_all(&Message::new(op.to_wire(), 1, tx, body.to_vec()).to_bytes())?;
+        let mut message = [0; 256];
+        let header = Header { op: op.to_wire(), req_id: 1, tx_id: tx, len: body.len() as u32 };
+        let whole = message.get_mut(..HEADER_LEN + body.len()).context("a long request")?;
+        whole[..HEADER_LEN].copy_from_slice(&header.to_bytes());
+        whole[HEADER_LEN..].copy_from_slice(body);
+        self.stream.write_all(whole)?;
         Ok(())
     }
 
     /// The next message: type and payload.
     fn receive(&mut self) -> Result<(u32, Vec<u8>)> {
         loop {
-            if let Some((h, rest)) = self.buf[self.at..].split_first_chunk::<HEADER_LEN>() {
+            if let Some((h, rest)) = self.buf[self.at..self.end].split_first_chunk::<HEADER_LEN>() {
                 let h = Header::from_bytes(h);
                 if let Some(body) = rest.get(..h.len as usize) {
                     let body = body.to_vec();
                     self.at += HEADER_LEN + body.len();
-                    if self.at == self.buf.len() {
-                        self.buf.clear();
-                        self.at = 0;
-                    }
                     return Ok((h.op, body));
                 }
             }
-            let mut chunk = [0; 16384];
-            let n = self.stream.read(&mut chunk)?;
+            self.buf.copy_within(self.at..self.end, 0);
+            (self.at, self.end) = (0, self.end - self.at);
+            let n = self.stream.read(&mut self.buf[self.end..])?;
             if n == 0 {
                 bail!("the daemon closed the connection");
             }
-            self.buf.extend_from_slice(&chunk[..n]);
+            self.end += n;
         }
     }
 
@@ -99,6 +107,9 @@ enum Row {
     Directory,
     Transaction,
     Watch,
+    /// Through dom0's ring, by one client that looks at it every 20 µs.
+    RingRead,
+    RingWrite,
 }
 
 struct Figures {
@@ -122,10 +133,11 @@ impl Places {
     }
 }
 
-fn measure(d: &Stock, row: Row, clients: usize, nodes: usize, time: Duration) -> Result<Figures> {
+fn measure(d: &Stock, xen: &FakeXen, row: Row, clients: usize, nodes: usize, time: Duration) -> Result<Figures> {
     let socket = d.socket();
     let mut c = (0..clients).map(|_| Client::connect(socket)).collect::<Result<Vec<_>>>()?;
     let mut places = Places { next: 0, nodes };
+    let mut kernel = Connection::ring(xen, 0)?;
     let mut writer = Client::connect(socket)?;
     if row == Row::Watch {
         for (i, c) in c.iter_mut().enumerate() {
@@ -145,6 +157,16 @@ fn measure(d: &Stock, row: Row, clients: usize, nodes: usize, time: Duration) ->
     let start = Instant::now();
     while start.elapsed() < time {
         match row {
+            Row::RingRead | Row::RingWrite => {
+                let i = places.next();
+                let t = Instant::now();
+                if row == Row::RingRead {
+                    kernel.call(Op::Read, 0, &payload::join([path(i)]))?;
+                } else {
+                    kernel.call(Op::Write, 0, &write(i, "0123456789"))?;
+                }
+                times.push(t.elapsed());
+            }
             Row::Read | Row::Write | Row::Directory => {
                 let op = match row {
                     Row::Read => Op::Read,
@@ -248,39 +270,57 @@ fn resident(pid: u32) -> Result<u64> {
     Ok(kib * 1024)
 }
 
-/// A server that sends back what it gets: what the socket itself costs.
-fn echo(socket: &Path, time: Duration) -> Result<Figures> {
-    let listener = UnixListener::bind(socket)?;
-    let server = std::thread::spawn(move || -> std::io::Result<()> {
-        let (mut s, _) = listener.accept()?;
-        let mut buf = [0; 4096];
-        loop {
-            let n = s.read(&mut buf)?;
-            if n == 0 {
-                return Ok(());
+/// Serves `clients` connections by sending back what comes, until all are closed; its time on a CPU.
+fn serve_echo(listener: &UnixListener, clients: usize) -> Result<Duration> {
+    use rustix::event::epoll;
+    let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let mut streams = Vec::new();
+    for i in 0..clients {
+        let (stream, _) = listener.accept()?;
+        epoll::add(&poll, &stream, epoll::EventData::new_u64(i as u64), epoll::EventFlags::IN)?;
+        streams.push(Some(stream));
+    }
+    let (mut buf, mut ready) = ([0; 4096], Vec::with_capacity(64));
+    while streams.iter().any(Option::is_some) {
+        ready.clear();
+        epoll::wait(&poll, rustix::buffer::spare_capacity(&mut ready), None)?;
+        for event in &ready {
+            let place = streams.get_mut(event.data.u64() as usize).context("a stream that is none")?;
+            let Some(stream) = place else { continue };
+            match stream.read(&mut buf)? {
+                0 => *place = None,
+                n => stream.write_all(&buf[..n])?,
             }
-            s.write_all(&buf[..n])?;
         }
-    });
-    let mut s = UnixStream::connect(socket)?;
-    let message = Message::new(Op::Read.to_wire(), 1, 0, payload::join([path(0)])).to_bytes();
-    let mut buf = vec![0; message.len()];
-    let mut times = Vec::new();
+    }
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Ok(Duration::new(t.tv_sec as u64, t.tv_nsec as u32))
+}
+
+/// A server that sends back what it gets: what the socket itself costs.
+fn echo(socket: &Path, clients: usize, time: Duration) -> Result<Figures> {
+    let listener = UnixListener::bind(socket)?;
+    let server = std::thread::spawn(move || serve_echo(&listener, clients));
+    let mut c = (0..clients).map(|_| Client::connect(socket)).collect::<Result<Vec<_>>>()?;
+    let body = payload::join([path(0)]);
+    let (mut times, mut sent) = (Vec::new(), vec![Instant::now(); clients]);
     let start = Instant::now();
     while start.elapsed() < time {
-        let t = Instant::now();
-        s.write_all(&message)?;
-        s.read_exact(&mut buf)?;
-        times.push(t.elapsed());
+        for (c, t) in c.iter_mut().zip(&mut sent) {
+            *t = Instant::now();
+            c.send(Op::Read, 0, &body)?;
+        }
+        for (c, t) in c.iter_mut().zip(&sent) {
+            c.reply(Op::Read)?;
+            times.push(t.elapsed());
+        }
     }
     let rate = times.len() as f64 / start.elapsed().as_secs_f64();
-    drop(s);
-    match server.join() {
-        Ok(r) => r?,
-        Err(_) => bail!("the echo server panicked"),
-    }
+    drop(c);
+    let Ok(cpu) = server.join() else { bail!("the echo server panicked") };
+    let cpu = cpu? / times.len().max(1) as u32;
     times.sort_unstable();
-    Ok(Figures { median: times[times.len() / 2], p99: times[times.len() * 99 / 100], rate, cpu: Duration::ZERO })
+    Ok(Figures { median: times[times.len() / 2], p99: times[times.len() * 99 / 100], rate, cpu })
 }
 
 fn show(f: &Figures) -> String {
@@ -288,65 +328,106 @@ fn show(f: &Figures) -> String {
     format!("{:8.1} {:8.1} {:8.0} {:7.1}", us(f.median), us(f.p99), f.rate, us(f.cpu))
 }
 
+/// Columns of the table.
+const NAMES: [&str; 3] = ["stock C 4.17", "oxenstored 4.17", "ours"];
+const STOCK: usize = 0;
+const OXENSTORED: usize = 1;
+const OURS: usize = 2;
+
 fn main() -> Result<()> {
     let a = Args::parse();
     let time = Duration::from_millis(a.time);
     let dir = tempfile::tempdir()?;
     let programs = Programs::prepare(dir.path())?;
     let ours: PathBuf = std::env::current_exe()?.with_file_name("xenstored-on-files");
-    let start = |name: &str, which: usize| -> Result<(Stock, FakeXen)> {
+    let start = |which: usize, nodes: usize| -> Result<(Stock, FakeXen)> {
+        let name = format!("{which}-{nodes}");
         let xen = FakeXen::create(&dir.path().join(format!("xen-{name}")))?;
         let run = dir.path().join(format!("run-{name}"));
-        let d = if which == 0 {
-            programs.start_stock(&xen, &run, &[])?
-        } else {
-            programs.start_other(&ours, &xen, &run)?
+        let d = match which {
+            STOCK if a.journal => programs.start_other(&ours, &["--no-journal"], &xen, &run)?,
+            STOCK => programs.start_stock(&xen, &run, &[])?,
+            OXENSTORED => programs.start_oxenstored(&xen, &run)?,
+            _ => programs.start_other(&ours, &[], &xen, &run)?,
         };
         Ok((d, xen))
     };
     let heads = format!("{:>8} {:>8} {:>8} {:>7}", "median", "p99", "ops/s", "CPU/op");
-    println!("{:34} {:>34}   {:>34}", "times in µs", "stock 4.17", "ours");
-    println!("{:34} {heads}   {heads}", "");
-    let e = echo(&dir.path().join("echo"), time)?;
-    println!("{:34} {}", "echo server, 1 client", show(&e));
+    let first = if a.journal { "ours, no journal" } else { NAMES[STOCK] };
+    println!("{:34} {:>34}   {:>34}   {:>34}   ours/first", "times in µs", first, NAMES[OXENSTORED], NAMES[OURS]);
+    println!("{:34} {heads}   {heads}   {heads}", "");
+    let mut floors = Vec::new();
+    for &clients in &a.clients {
+        let e = echo(&dir.path().join(format!("echo-{clients}")), clients, time)?;
+        println!("{:34} {}", format!("echo server, {clients} clients"), show(&e));
+        floors.push(e.cpu);
+    }
     let mut slow = Vec::new();
     for &nodes in &a.nodes {
-        let daemons = [start(&format!("stock-{nodes}"), 0)?, start(&format!("ours-{nodes}"), 1)?];
+        let mut daemons = Vec::new();
         let mut per_node = Vec::new();
-        for (d, _) in &daemons {
-            let before = resident(d.pid())?;
-            fill(d.socket(), nodes)?;
-            per_node.push((resident(d.pid())?.saturating_sub(before)) as f64 / nodes as f64);
+        for (which, name) in NAMES.into_iter().enumerate() {
+            let d = match start(which, nodes) {
+                Ok(d) => d,
+                Err(e) if which == OXENSTORED => {
+                    println!("note: {name} does not start here: {e:#}");
+                    daemons.push(None);
+                    per_node.push(0.0);
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            let before = resident(d.0.pid())?;
+            fill(d.0.socket(), nodes).with_context(|| format!("fill {name}"))?;
+            per_node.push((resident(d.0.pid())?.saturating_sub(before)) as f64 / nodes as f64);
+            daemons.push(Some(d));
         }
-        for &clients in &a.clients {
-            for row in [Row::Read, Row::Write, Row::Directory, Row::Transaction, Row::Watch] {
+        for (&clients, floor) in a.clients.iter().zip(&floors) {
+            let mut rows = vec![Row::Read, Row::Write, Row::Directory, Row::Transaction, Row::Watch];
+            if a.journal && clients == 1 {
+                rows.extend([Row::RingRead, Row::RingWrite]);
+            }
+            for row in rows {
                 // Twice each, turn and turn about; the better one counts.
-                let mut best: [Option<Figures>; 2] = [None, None];
+                let mut best: [Option<Figures>; 3] = [None, None, None];
                 for _ in 0..2 {
-                    for (best, (d, _)) in best.iter_mut().zip(&daemons) {
-                        let f = measure(d, row, clients, nodes, time / 2)?;
+                    for (best, d) in best.iter_mut().zip(&daemons) {
+                        let Some((d, xen)) = d else { continue };
+                        let f = measure(d, xen, row, clients, nodes, time / 2)?;
                         if best.as_ref().is_none_or(|b| f.rate > b.rate) {
                             *best = Some(f);
                         }
                     }
                 }
-                let [Some(s), Some(o)] = best else { bail!("nothing was measured") };
                 let name = format!("{nodes} nodes, {clients} clients, {row:?}").to_lowercase();
+                let cells: Vec<String> =
+                    best.iter().map(|f| f.as_ref().map_or_else(|| format!("{:34}", ""), show)).collect();
+                let [Some(s), _, Some(o)] = best else { bail!("nothing was measured") };
                 let times = o.rate / s.rate;
-                println!("{name:34} {}   {} {times:6.1}x", show(&s), show(&o));
+                println!("{name:34} {} {times:6.1}x", cells.join("   "));
                 if times < 1.0 {
                     slow.push(format!("{name}: {times:.2} times as fast"));
                 }
-                let share = o.cpu.as_secs_f64() / s.cpu.as_secs_f64();
+                // A transaction is four requests; an event is written by the daemon and nothing is read for it.
+                let sockets = match row {
+                    Row::Transaction => *floor * 4,
+                    Row::Watch => Duration::ZERO,
+                    _ => *floor,
+                };
+                let own = |f: &Figures| f.cpu.saturating_sub(sockets).as_secs_f64();
+                let share = own(&o) / own(&s);
                 if clients > 1 && share > 0.5 {
-                    slow.push(format!("{name}: {share:.2} of the CPU time"));
+                    slow.push(format!("{name}: {share:.2} of the CPU time beyond the socket's"));
                 }
             }
         }
         let name = format!("{nodes} nodes, bytes a node");
-        println!("{name:34} {:8.0} {:>27} {:8.0}", per_node[0], "", per_node[1]);
-        if nodes >= 100_000 && per_node[1] > per_node[0] {
-            slow.push(format!("{name}: {:.0}, the stock daemon takes {:.0}", per_node[1], per_node[0]));
+        println!(
+            "{name:34} {:8.0} {:>27} {:8.0} {:>27} {:8.0}",
+            per_node[STOCK], "", per_node[OXENSTORED], "", per_node[OURS]
+        );
+        if nodes >= 100_000 && per_node[OURS] > per_node[STOCK] {
+            slow.push(format!("{name}: {:.0}, the stock daemon takes {:.0}", per_node[OURS], per_node[STOCK]));
         }
     }
     if a.check && !slow.is_empty() {

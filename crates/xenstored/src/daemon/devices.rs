@@ -56,6 +56,9 @@ pub trait Devices: std::fmt::Debug {
     /// As the kernel says.
     fn bind(&mut self, domid: u16, remote_port: u32) -> io::Result<u32>;
 
+    /// The domain's port that a local one is connected to.
+    fn remote_port(&self, port: u32) -> Option<u32>;
+
     /// Unbinds a local port.
     fn unbind(&mut self, port: u32);
 

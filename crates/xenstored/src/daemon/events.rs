@@ -1,17 +1,20 @@
 //! The loop.
 
 use super::devices::Devices;
+use super::journal::{self, BOOT_ID, Contents, Journal, Loaded};
+use super::kill_point::may_die_here;
 use super::log::Log;
 use super::machine::Machine;
 use super::{run_dir, socket_path};
 use crate::conn::{ConnId, Peer};
 use crate::host::Host;
 use crate::live_update::Plan;
+use crate::redo::{Moved, RingStep};
 use crate::store::{Options, Store};
 use anyhow::{Context, bail};
 use rustix::event::epoll;
 use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -20,7 +23,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use tracing::{info, warn};
+use tracing::{debug, error, info, warn};
 use xenstore_wire::ring;
 
 /// What is read from a socket at once, in bytes. Bounds how long one client keeps the others waiting.
@@ -31,6 +34,12 @@ const RING_BUDGET: usize = 16;
 const MAX_UNREAD: usize = 20_000;
 /// Bytes offered to a socket in one write.
 const WRITE_SIZE: usize = 64 << 10;
+
+/// How often a domain that lives is connected anew after a kill, and how long between, in milliseconds.
+const RECONNECT_TRIES: u32 = 10;
+const RECONNECT_MS: u64 = 20;
+/// How long until a journal is tried again for which there was no room, in milliseconds.
+const RETRY_JOURNAL_MS: u64 = 10_000;
 
 const TOKEN_LISTEN: u64 = 0;
 const TOKEN_EVENTS: u64 = 1;
@@ -46,34 +55,136 @@ struct Client {
     flags: epoll::EventFlags,
 }
 
+/// Readable once SIGHUP came.
+#[derive(Debug)]
+struct Hangup {
+    stream: UnixStream,
+    handler: signal_hook::SigId,
+}
+
+impl Hangup {
+    fn new() -> std::io::Result<Hangup> {
+        let (stream, sender) = UnixStream::pair()?;
+        stream.set_nonblocking(true)?;
+        let handler = signal_hook::low_level::pipe::register(libc::SIGHUP, sender)?;
+        Ok(Hangup { stream, handler })
+    }
+}
+
+impl Drop for Hangup {
+    fn drop(&mut self) {
+        signal_hook::low_level::unregister(self.handler);
+    }
+}
+
+/// Where the state journal is.
+#[derive(Debug, Clone)]
+pub struct JournalPlace {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Whether there is to be one. One that is there goes otherwise: it would say what was.
+    pub on: bool,
+}
+
+impl JournalPlace {
+    fn file(&self) -> PathBuf {
+        self.dir.join("journal")
+    }
+}
+
 /// A running daemon.
 #[derive(Debug)]
 pub struct Daemon {
-    store: Store,
+    pub(super) store: Store,
     machine: Machine,
     listener: UnixListener,
-    clients: HashMap<ConnId, Client>,
+    clients: BTreeMap<ConnId, Client>,
     epoll: OwnedFd,
-    hangup: UnixStream,
+    hangup: Hangup,
+    /// For what is sent.
     buf: Vec<u8>,
+    /// For what is read from sockets; as long as that may be.
+    read_buf: Vec<u8>,
+    place: JournalPlace,
+    boot: [u8; BOOT_ID],
+    /// `None`: there is to be none, or there is no room.
+    journal: Option<Journal>,
+    /// When to try again to make one, in milliseconds.
+    retry_journal: Option<u64>,
+    /// When something that had to wait for time to pass may go on. It is kept from round to round: others may keep the loop busy all
+    /// the time.
+    due: Option<u64>,
+    /// What goes into the journal next.
+    batch: Vec<u8>,
 }
 
 impl Daemon {
-    /// Starts afresh: a new store, a new socket, dom0's ring if there is Xen.
+    /// Starts: with the store that a killed daemon left in its journal, or afresh; with dom0's ring if there is Xen; with a
+    /// new socket.
     ///
     /// # Errors
-    /// The socket can't be made, or this is no dom0.
-    pub fn start(options: Options, log: Log, xen: Option<Box<dyn Devices>>) -> anyhow::Result<Daemon> {
-        let path = socket_path();
-        let listener = listen(&path).with_context(|| format!("socket {}", path.display()))?;
+    /// The journal can't be used, the socket can't be made, or this is no dom0.
+    pub fn start(
+        options: Options,
+        log: Log,
+        xen: Option<Box<dyn Devices>>,
+        place: JournalPlace,
+    ) -> anyhow::Result<Daemon> {
+        Daemon::start_at(options, log, xen, place, &socket_path())
+    }
+
+    /// The same with another socket.
+    pub(super) fn start_at(
+        options: Options,
+        log: Log,
+        xen: Option<Box<dyn Devices>>,
+        place: JournalPlace,
+        socket: &Path,
+    ) -> anyhow::Result<Daemon> {
+        let boot = journal::boot_id().context("/proc/sys/kernel/random/boot_id")?;
         let with_xen = xen.is_some();
         let mut machine = Machine::new(xen, log);
-        let mut store = Store::new(options);
-        if with_xen {
+        let file = place.file();
+        let left = if place.on {
+            let advice = "it can't be used; remove it to start with an empty store (running guests will have to be \
+                          shut down or restarted then)";
+            let why = || format!("state journal {}: {advice}", file.display());
+            match journal::load(&file, &boot).with_context(why)? {
+                Loaded::State(c) => Some((come_back(options.clone(), &c, &mut machine).with_context(why)?, c)),
+                Loaded::Nothing(Some(why)) => {
+                    info!("state journal {} is ignored: {why}", file.display());
+                    None
+                }
+                Loaded::Nothing(None) => None,
+            }
+        } else {
+            match std::fs::remove_file(&file) {
+                Err(e) if e.kind() != ErrorKind::NotFound => {
+                    return Err(anyhow::Error::from(e).context(format!("remove the old journal {}", file.display())));
+                }
+                _ => None,
+            }
+        };
+        let back = left.is_some();
+        let (mut store, contents) = match left {
+            Some((store, c)) => (store, Some(c)),
+            None => (Store::new(options), None),
+        };
+        if with_xen && store.domain_connection(0).is_none() {
             let port = machine.connect_dom0().context("dom0's own ring")?;
             store.introduce_dom0(port, machine.now_ms());
         }
-        Daemon::assemble(store, machine, listener)
+        let listener = listen(socket).with_context(|| format!("socket {}", socket.display()))?;
+        let mut d = Daemon::assemble(store, machine, listener, place, boot)?;
+        // In its place, and only now let go of the old one.
+        d.start_journal();
+        drop(contents);
+        if back {
+            d.store.check_domains(&mut d.machine);
+            d.machine.notify_all();
+            info!(domains = d.store.connected_domains().count(), "came back from {}", file.display());
+        }
+        Ok(d)
     }
 
     /// Takes over from the daemon before, in this same process. `open` makes the devices out of the event channel
@@ -84,6 +195,7 @@ impl Daemon {
     pub fn take_over(
         options: Options,
         log: Log,
+        place: JournalPlace,
         open: impl FnOnce(OwnedFd) -> anyhow::Result<Box<dyn Devices>>,
     ) -> anyhow::Result<Daemon> {
         let path = state_path();
@@ -102,18 +214,26 @@ impl Daemon {
         let listener = UnixListener::from(inherit(restored.socket_fd).context("the listening socket")?);
         listener.set_nonblocking(true)?;
         store.check_domains(&mut machine);
-        let mut d = Daemon::assemble(store, machine, listener)?;
+        let boot = journal::boot_id().context("/proc/sys/kernel/random/boot_id")?;
+        let mut d = Daemon::assemble(store, machine, listener, place, boot)?;
         for (id, fd) in restored.sockets {
             let stream = UnixStream::from(inherit(fd).with_context(|| format!("socket {fd} of a client"))?);
             d.add_client(id, stream)?;
         }
         // Its place is taken: a second take-over from it must fail.
         std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
+        d.start_journal();
         info!(connections = d.clients.len(), domains = d.store.connected_domains().count(), "took over");
         Ok(d)
     }
 
-    fn assemble(store: Store, machine: Machine, listener: UnixListener) -> anyhow::Result<Daemon> {
+    fn assemble(
+        store: Store,
+        machine: Machine,
+        listener: UnixListener,
+        place: JournalPlace,
+        boot: [u8; BOOT_ID],
+    ) -> anyhow::Result<Daemon> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let add =
             |fd: BorrowedFd<'_>, token| epoll::add(&epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN);
@@ -121,11 +241,108 @@ impl Daemon {
         if let Some(x) = &machine.xen {
             add(x.events(), TOKEN_EVENTS)?;
         }
-        let (hangup, sender) = UnixStream::pair()?;
-        hangup.set_nonblocking(true)?;
-        signal_hook::low_level::pipe::register(libc::SIGHUP, sender)?;
-        add(hangup.as_fd(), TOKEN_SIGNAL)?;
-        Ok(Daemon { store, machine, listener, clients: HashMap::new(), epoll, hangup, buf: Vec::new() })
+        let hangup = Hangup::new()?;
+        add(hangup.stream.as_fd(), TOKEN_SIGNAL)?;
+        Ok(Daemon {
+            store,
+            machine,
+            listener,
+            clients: BTreeMap::new(),
+            epoll,
+            hangup,
+            buf: Vec::new(),
+            read_buf: vec![0; READ_SIZE],
+            place,
+            boot,
+            journal: None,
+            retry_journal: None,
+            due: None,
+            batch: Vec::new(),
+        })
+    }
+
+    // ---- the journal ----
+
+    /// Begins a journal with the store as it is, if there is to be one.
+    fn start_journal(&mut self) {
+        if !self.place.on {
+            return;
+        }
+        self.retry_journal = None;
+        let file = self.place.file();
+        let made = self
+            .store
+            .snapshot()
+            .map_err(anyhow::Error::from)
+            .and_then(|(snapshot, first)| Ok(Journal::create(&file, self.boot, &snapshot, &[&first], false)?));
+        match made {
+            Ok(j) => self.journal = Some(j),
+            Err(e) => self.lose_journal(&e),
+        }
+    }
+
+    /// Goes on without one, and tries again later.
+    fn lose_journal(&mut self, e: &anyhow::Error) {
+        let file = self.place.file();
+        error!("state journal {}: {e:#}; a killed daemon loses the store until there is one again", file.display());
+        if let Some(j) = self.journal.take() {
+            // It says what was. Marked first, as that takes no room.
+            j.hand_over(true);
+            let _ = std::fs::remove_file(&file);
+        }
+        self.store.keep_changes(false);
+        self.retry_journal = Some(self.machine.now_ms() + RETRY_JOURNAL_MS);
+    }
+
+    /// Writes what changed to the journal; then shows it to the rings: nobody sees anything of a change that the journal
+    /// does not have.
+    fn commit(&mut self, step: Option<&RingStep>) {
+        let mut batch = std::mem::take(&mut self.batch);
+        let mut wrote = false;
+        if let Some(j) = &mut self.journal
+            && self.store.take_changes(step, &mut batch)
+        {
+            may_die_here();
+            wrote = true;
+            if !j.append(&batch)
+                && let Err(e) = self.compact(step)
+            {
+                self.lose_journal(&e);
+            }
+        }
+        self.batch = batch;
+        self.machine.do_resets();
+        if let Some(s) = step
+            && let Some(ring) = self.machine.ring(s.domid)
+        {
+            may_die_here();
+            // In this order: one who has read a reply may take it that the request is gone from the ring.
+            if s.requests.from != s.requests.to {
+                ring.consume(s.requests.to);
+                may_die_here();
+            }
+            if s.replies.from != s.replies.to {
+                ring.publish(s.replies.to);
+                may_die_here();
+            }
+        }
+        if wrote && let Some(j) = &mut self.journal {
+            j.published();
+        }
+    }
+
+    /// Begins the journal anew: it is full.
+    fn compact(&mut self, step: Option<&RingStep>) -> anyhow::Result<()> {
+        let Some(j) = &mut self.journal else { return Ok(()) };
+        let (snapshot, first) = self.store.snapshot()?;
+        let last = crate::recover::last_step(step, &self.machine.resets());
+        if last.is_empty() {
+            j.replace(&snapshot, &[&first], false)?;
+        } else {
+            j.replace(&snapshot, &[&first, &last], true)?;
+        }
+        debug!(bytes = j.size(), "state journal begun anew");
+        Ok(())
     }
 
     /// Serves for ever.
@@ -135,53 +352,82 @@ impl Daemon {
     pub fn run(mut self) -> anyhow::Result<()> {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(256);
         loop {
-            self.store.run_delayed(&mut self.machine);
-            self.serve_woken();
-            let next = self.store.timers(&mut self.machine);
-            self.serve_woken();
-            let wait = if self.machine.ready.is_empty() { next } else { Some(0) };
-            let wait = wait.map(|ms| rustix::event::Timespec {
-                tv_sec: (ms / 1000) as i64,
-                tv_nsec: (ms % 1000 * 1_000_000) as i64,
-            });
-            events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), wait.as_ref()) {
-                Ok(0) => self.machine.ready.extend(self.store.connected_domains().map(|d| d.0)),
-                Ok(_) => {}
-                Err(Errno::INTR) => continue,
-                Err(e) => bail!("epoll: {e}"),
+            self.turn(&mut events, true)?;
+        }
+    }
+
+    /// Serves what there is, once; waits for something first if it may.
+    pub(super) fn turn(&mut self, events: &mut Vec<epoll::Event>, may_wait: bool) -> anyhow::Result<()> {
+        if self.retry_journal.is_some_and(|at| self.machine.now_ms() >= at) {
+            self.start_journal();
+        }
+        self.store.run_delayed(&mut self.machine);
+        self.serve_woken();
+        let mut next = self.store.timers(&mut self.machine);
+        if let Some(at) = self.retry_journal {
+            let ms = at.saturating_sub(self.machine.now_ms()) + 1;
+            next = Some(next.map_or(ms, |n| n.min(ms)));
+        }
+        self.serve_woken();
+        // After the timers were asked: one that waits for its rate has one running, or need not wait any more.
+        for d in std::mem::take(&mut self.machine.stalled) {
+            let Some(id) = self.store.domain_connection(d) else { continue };
+            if self.store.wants(id, self.machine.now_ms()) > 0 {
+                self.machine.ready.insert(d);
+            } else {
+                self.machine.stalled.insert(d);
             }
-            for e in &events {
-                let flags = e.flags;
-                match e.data.u64() {
-                    TOKEN_LISTEN => self.accept(),
-                    TOKEN_EVENTS => self.ports_raised()?,
-                    TOKEN_SIGNAL => {
-                        let mut b = [0; 64];
-                        while matches!((&self.hangup).read(&mut b), Ok(n) if n > 0) {}
-                        if let Err(e) = self.machine.log.reopen() {
-                            warn!("the log file can't be opened again: {e}");
-                        }
+        }
+        self.commit(None);
+        let now = self.machine.now_ms();
+        self.due = self.due.into_iter().chain(next.map(|ms| now + ms)).min();
+        let idle = self.machine.ready.is_empty() && may_wait;
+        let wait = if idle { self.due.map(|due| due.saturating_sub(now)) } else { Some(0) };
+        let wait = wait
+            .map(|ms| rustix::event::Timespec { tv_sec: (ms / 1000) as i64, tv_nsec: (ms % 1000 * 1_000_000) as i64 });
+        events.clear();
+        let raised = match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(events), wait.as_ref()) {
+            Ok(raised) => raised,
+            Err(Errno::INTR) => return Ok(()),
+            Err(e) => bail!("epoll: {e}"),
+        };
+        // A turn that may not wait stands for the time that it would have waited.
+        let waited = !may_wait && raised == 0;
+        if waited || self.due.is_some_and(|due| due <= self.machine.now_ms()) {
+            self.due = None;
+            self.machine.ready.extend(self.store.connected_domains().map(|d| d.0));
+        }
+        for e in events.iter() {
+            let flags = e.flags;
+            match e.data.u64() {
+                TOKEN_LISTEN => self.accept(),
+                TOKEN_EVENTS => self.ports_raised()?,
+                TOKEN_SIGNAL => {
+                    let mut b = [0; 64];
+                    while matches!((&self.hangup.stream).read(&mut b), Ok(n) if n > 0) {}
+                    if let Err(e) = self.machine.log.reopen() {
+                        warn!("the log file can't be opened again: {e}");
                     }
-                    t => {
-                        let id = (t - TOKEN_CLIENT) as ConnId;
-                        if flags.intersects(epoll::EventFlags::OUT) {
-                            self.flush(id);
-                        }
-                        if flags.intersects(epoll::EventFlags::IN | epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
-                            self.client_readable(id);
-                        }
+                }
+                t => {
+                    let id = (t - TOKEN_CLIENT) as ConnId;
+                    if flags.intersects(epoll::EventFlags::OUT) {
+                        self.flush(id);
+                    }
+                    if flags.intersects(epoll::EventFlags::IN | epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
+                        self.client_readable(id);
                     }
                 }
             }
-            for d in std::mem::take(&mut self.machine.ready) {
-                self.serve_ring(d);
-            }
-            self.serve_woken();
-            if let Some(plan) = self.store.live_update_due(&mut self.machine) {
-                self.hand_over(&plan);
-            }
         }
+        for d in std::mem::take(&mut self.machine.ready) {
+            self.serve_ring(d);
+        }
+        self.serve_woken();
+        if let Some(plan) = self.store.live_update_due(&mut self.machine) {
+            self.hand_over(&plan);
+        }
+        Ok(())
     }
 
     // ---- sockets ----
@@ -223,8 +469,7 @@ impl Daemon {
     fn client_readable(&mut self, id: ConnId) {
         let Some(c) = self.clients.get_mut(&id) else { return };
         if c.unread.is_empty() {
-            let mut buf = std::mem::take(&mut self.buf);
-            buf.resize(READ_SIZE, 0);
+            let mut buf = std::mem::take(&mut self.read_buf);
             let r = (&c.stream).read(&mut buf);
             let n = match r {
                 Ok(0) => None,
@@ -233,7 +478,7 @@ impl Daemon {
                 Err(_) => None,
             };
             let done = n.map(|n| self.feed(id, &buf[..n]));
-            self.buf = buf;
+            self.read_buf = buf;
             match done {
                 None | Some(Err(())) => return self.drop_client(id),
                 Some(Ok(())) => {}
@@ -290,11 +535,14 @@ impl Daemon {
     fn write_out(&mut self, id: ConnId) -> Result<bool, ()> {
         let mut buf = std::mem::take(&mut self.buf);
         let mut done = Ok(false);
-        while let Some(c) = self.clients.get(&id) {
+        loop {
             self.store.output(id, WRITE_SIZE, &mut buf);
             if buf.is_empty() {
                 break;
             }
+            // What was done is written down before anybody hears that it was.
+            self.commit(None);
+            let Some(c) = self.clients.get(&id) else { break };
             match (&c.stream).write(&buf) {
                 Ok(n) => {
                     self.store.wrote(id, n);
@@ -376,6 +624,7 @@ impl Daemon {
                 None => {
                     warn!(domid, "ring indexes that can't be: domain ignored from now on");
                     self.store.ignore(id, ring::error::RING_INDEX, &mut self.machine);
+                    self.commit(None);
                     (moved, more) = (true, false);
                     break;
                 }
@@ -392,29 +641,60 @@ impl Daemon {
 
     /// Takes up to one request and puts what fits. Whether anything moved; `None`: the indexes are broken.
     fn ring_step(&mut self, domid: u16, id: ConnId, buf: &mut Vec<u8>) -> Option<bool> {
-        let mut moved = false;
-        let wants = self.store.wants(id, self.machine.now_ms());
-        if wants > 0 {
-            let Some(ring) = self.machine.ring(domid) else { return Some(false) };
+        may_die_here();
+        if self.machine.has_reset(domid) {
+            self.commit(None);
+        }
+        let Some(ring) = self.machine.ring(domid) else { return Some(false) };
+        let from = ring.requests_at();
+        let mut taken = 0;
+        // The header, and what it announces.
+        loop {
+            let wants = self.store.wants(id, self.machine.now_ms());
+            let Some(ring) = self.machine.ring(domid) else { break };
             buf.clear();
-            if ring.take(wants, buf).ok()? > 0 {
-                moved = true;
-                if self.store.input(id, buf, &mut self.machine).is_err() {
-                    return Some(true);
-                }
+            if wants == 0 || ring.peek(from.wrapping_add(taken), wants, buf).ok()? == 0 {
+                break;
+            }
+            taken += buf.len() as u32;
+            let served = self.store.input(id, buf, &mut self.machine);
+            may_die_here();
+            if served.is_err() || self.store.connection(id).is_none_or(|c| !c.decoder.is_partial()) {
+                break;
             }
         }
+        if taken > 0 && self.machine.has_reset(domid) {
+            // It had its own ring emptied: where that stood means nothing any more.
+            self.commit(None);
+            return Some(true);
+        }
+        let Some(ring) = self.machine.ring(domid) else {
+            // It released itself.
+            self.commit(None);
+            return Some(taken > 0);
+        };
+        let at = ring.replies_at();
+        let mut put = 0;
         if self.store.connection(id).is_some_and(|c| c.can_send()) {
-            let Some(ring) = self.machine.ring(domid) else { return Some(moved) };
             let room = ring.room().ok()?;
             if room > 0 {
                 self.store.output(id, room, buf);
-                let n = ring.put(buf).ok()?;
-                self.store.wrote(id, n);
-                moved |= n > 0;
+                put = ring.fill(at, buf).ok()? as u32;
+                self.store.wrote(id, put as usize);
             }
         }
-        Some(moved)
+        if taken == 0 && put == 0 {
+            if ring.has_requests().ok()? {
+                self.machine.stalled.insert(domid);
+            }
+            return Some(false);
+        }
+        self.commit(Some(&RingStep {
+            domid,
+            requests: Moved { from, to: from.wrapping_add(taken) },
+            replies: Moved { from: at, to: at.wrapping_add(put) },
+        }));
+        Some(true)
     }
 
     // ---- live update ----
@@ -456,8 +736,15 @@ impl Daemon {
             x.watch_domains(false)?;
         }
         self.make_inheritable(true)?;
+        self.commit(None);
+        if let Some(j) = &self.journal {
+            j.hand_over(true);
+        }
         let error = execute(program, &args);
         // Still here: it did not work.
+        if let Some(j) = &self.journal {
+            j.hand_over(false);
+        }
         let _ = std::fs::remove_file(&path);
         self.make_inheritable(false)?;
         if let Some(x) = &mut self.machine.xen {
@@ -478,6 +765,80 @@ impl Daemon {
         }
         Ok(())
     }
+}
+
+/// Connects a domain of a daemon that was killed. The kernel may still be busy with closing that one's ends.
+fn connect_again(machine: &mut Machine, domid: u16, remote_port: u32) -> Result<u32, xenstore_wire::Errno> {
+    let mut tries = 0;
+    loop {
+        let r = machine.connect(domid, remote_port);
+        let lives = machine.domain_state(domid).is_some_and(|s| !s.dying);
+        if r.is_ok() || !lives || tries == RECONNECT_TRIES {
+            return r;
+        }
+        tries += 1;
+        std::thread::sleep(std::time::Duration::from_millis(RECONNECT_MS));
+    }
+}
+
+/// The store of a daemon that was killed, its rings taken up where it left them.
+fn come_back(options: Options, c: &Contents, machine: &mut Machine) -> anyhow::Result<Store> {
+    let r = Store::recover(options, c.snapshot(), c.batches(), machine.now_ms())?;
+    let mut store = r.store;
+    for &(domid, remote_port) in &r.domains {
+        let port = match domid {
+            0 => machine.connect_dom0().context("dom0's own ring")?,
+            _ => match connect_again(machine, domid, remote_port) {
+                Ok(port) => port,
+                Err(e) => {
+                    warn!(domid, port = remote_port, "it can't be connected again: {e}; ignored until it is gone");
+                    if let Some(id) = store.domain_connection(domid) {
+                        store.ignore(id, ring::error::COMM, machine);
+                    }
+                    0
+                }
+            },
+        };
+        store.reconnected(domid, port);
+    }
+    let step = r.last.ring.filter(|_| c.unpublished);
+    // dom0 never empties its ring. If it is not where it was left, another daemon has served it since.
+    if let (Some((requests, replies)), Some(ring)) = (store.noted_ring(0), machine.ring(0)) {
+        let own = step.filter(|s| s.domid == 0);
+        let is = |now: u32, then: u32, before: Option<u32>| now == then || Some(now) == before;
+        if !is(ring.requests_at(), requests, own.map(|s| s.requests.from))
+            || !is(ring.replies_at(), replies, own.map(|s| s.replies.from))
+        {
+            bail!(
+                "dom0's ring stands at {} and {}, the journal left it at {requests} and {replies}: another daemon has \
+                 served it since",
+                ring.requests_at(),
+                ring.replies_at()
+            );
+        }
+    }
+    if c.unpublished {
+        for &domid in &r.last.resets {
+            // Empty already if the daemon had come to it; then the domain may be using it.
+            if machine.ring(domid).is_some_and(|r| r.requests_at() != 0 || r.replies_at() != 0) {
+                machine.reset_ring(domid);
+            }
+        }
+        machine.do_resets();
+    }
+    if let Some(s) = step
+        && let Some(ring) = machine.ring(s.domid)
+    {
+        if ring.requests_at() == s.requests.from {
+            ring.consume(s.requests.to);
+        }
+        may_die_here();
+        if ring.replies_at() == s.replies.from {
+            ring.publish(s.replies.to);
+        }
+        may_die_here();
+    }
+    Ok(store)
 }
 
 fn state_path() -> PathBuf {

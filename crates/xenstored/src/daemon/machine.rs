@@ -25,13 +25,25 @@ pub struct Machine {
     ports: BTreeMap<u32, u16>,
     /// Domains whose rings want a look.
     pub ready: BTreeSet<u16>,
+    /// Domains whose requests wait for something else than their event channel: a rate, a quota.
+    pub stalled: BTreeSet<u16>,
+    /// Domains whose rings are to be emptied, once the journal says so.
+    resets: BTreeSet<u16>,
     start: Instant,
 }
 
 impl Machine {
     /// A machine, without any connection yet.
     pub fn new(xen: Option<Box<dyn Devices>>, log: Log) -> Machine {
-        Machine { xen, log, ports: BTreeMap::new(), ready: BTreeSet::new(), start: Instant::now() }
+        Machine {
+            xen,
+            log,
+            ports: BTreeMap::new(),
+            ready: BTreeSet::new(),
+            stalled: BTreeSet::new(),
+            resets: BTreeSet::new(),
+            start: Instant::now(),
+        }
     }
 
     /// Which domain a local port belongs to.
@@ -48,6 +60,35 @@ impl Machine {
     pub fn notify(&self, port: u32) {
         if let Some(x) = &self.xen {
             x.notify(port);
+        }
+    }
+
+    /// Whether a domain's ring is to be emptied.
+    pub fn has_reset(&self, domid: u16) -> bool {
+        self.resets.contains(&domid)
+    }
+
+    /// Domains whose rings are to be emptied.
+    pub fn resets(&self) -> Vec<u16> {
+        self.resets.iter().copied().collect()
+    }
+
+    /// Empties the rings that are to be.
+    pub fn do_resets(&mut self) {
+        for domid in std::mem::take(&mut self.resets) {
+            if let Some(x) = &self.xen
+                && x.ring(domid).is_some_and(RingPage::reset)
+                && let Some((port, _)) = self.ports.iter().find(|(_, d)| **d == domid)
+            {
+                x.notify(*port);
+            }
+        }
+    }
+
+    /// Tells every domain: something may have happened that it was not told of.
+    pub fn notify_all(&self) {
+        for port in self.ports.keys() {
+            self.notify(*port);
         }
     }
 
@@ -93,14 +134,15 @@ impl Host for Machine {
         }
     }
 
-    fn adopt(&mut self, domid: u16, local_port: u32) -> Result<(), Errno> {
+    fn adopt(&mut self, domid: u16, local_port: u32) -> Result<u32, Errno> {
         let x = self.xen.as_mut().ok_or(Errno::ENOSYS)?;
         if local_port == 0 {
             return Err(Errno::EIO);
         }
         self.ports.insert(local_port, domid);
         self.ready.insert(domid);
-        x.map(domid).map_err(|e| wire_errno(&e))
+        x.map(domid).map_err(|e| wire_errno(&e))?;
+        Ok(x.remote_port(local_port).unwrap_or(0))
     }
 
     fn rebind(&mut self, domid: u16, local_port: u32, remote_port: u32) -> Result<u32, Errno> {
@@ -119,6 +161,8 @@ impl Host for Machine {
     fn disconnect(&mut self, domid: u16, local_port: u32) {
         self.ports.remove(&local_port);
         self.ready.remove(&domid);
+        self.stalled.remove(&domid);
+        self.resets.remove(&domid);
         if let Some(x) = &mut self.xen {
             x.unbind(local_port);
             x.unmap(domid);
@@ -126,12 +170,7 @@ impl Host for Machine {
     }
 
     fn reset_ring(&mut self, domid: u16) {
-        if let Some(x) = &self.xen
-            && x.ring(domid).is_some_and(RingPage::reset)
-            && let Some((port, _)) = self.ports.iter().find(|(_, d)| **d == domid)
-        {
-            x.notify(*port);
-        }
+        self.resets.insert(domid);
     }
 
     fn set_ring_error(&mut self, domid: u16, error: u32) {

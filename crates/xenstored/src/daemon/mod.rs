@@ -2,6 +2,10 @@
 
 pub mod devices;
 mod events;
+pub mod journal;
+mod kill_point;
+#[cfg(test)]
+mod kill_tests;
 pub mod log;
 pub mod machine;
 pub mod process;
@@ -9,7 +13,7 @@ pub mod ring;
 pub mod xen;
 
 pub use devices::Devices;
-pub use events::Daemon;
+pub use events::{Daemon, JournalPlace};
 
 use std::path::PathBuf;
 

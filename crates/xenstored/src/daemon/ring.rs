@@ -1,5 +1,6 @@
 //! The page shared with a domain, read and written while the other side may do the same.
 
+use super::kill_point::may_die_here;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
@@ -38,14 +39,14 @@ impl RingPage {
         Ok(RingPage { ptr })
     }
 
-    fn word(&self, offset: usize) -> &AtomicU32 {
+    pub(super) fn word(&self, offset: usize) -> &AtomicU32 {
         debug_assert!(offset.is_multiple_of(4) && offset + 4 <= PAGE);
         // SAFETY: all offsets are constants of `xenstore_wire::ring`, aligned and inside the page, which stays mapped as
         // long as `self`; this process accesses it atomically only.
         unsafe { AtomicU32::from_ptr(self.ptr.as_ptr().add(offset).cast()) }
     }
 
-    fn byte(&self, offset: usize) -> &AtomicU8 {
+    pub(super) fn byte(&self, offset: usize) -> &AtomicU8 {
         debug_assert!(offset < PAGE);
         // SAFETY: as above.
         unsafe { AtomicU8::from_ptr(self.ptr.as_ptr().add(offset)) }
@@ -58,21 +59,36 @@ impl RingPage {
         Ok((c, p, used))
     }
 
-    /// Takes up to `max` bytes of requests, appended to `buf`. How many there were.
+    /// Where the next request begins.
+    pub fn requests_at(&self) -> u32 {
+        self.word(ring::REQ_CONS).load(Ordering::Acquire)
+    }
+
+    /// Where the next reply goes.
+    pub fn replies_at(&self) -> u32 {
+        self.word(ring::RSP_PROD).load(Ordering::Acquire)
+    }
+
+    /// Reads up to `max` bytes of requests from index `at` on, appended to `buf`. How many there were. They stay in the
+    /// ring until [`RingPage::consume`].
     ///
     /// # Errors
-    /// The indexes can't be; nothing is taken.
-    pub fn take(&self, max: usize, buf: &mut Vec<u8>) -> Result<usize, BadIndexes> {
-        let (cons, _, used) = self.indexes(ring::REQ_CONS, ring::REQ_PROD)?;
+    /// The indexes can't be; nothing is read.
+    pub fn peek(&self, at: u32, max: usize, buf: &mut Vec<u8>) -> Result<usize, BadIndexes> {
+        // Read once: the other side may change it at any moment.
+        let prod = self.word(ring::REQ_PROD).load(Ordering::Acquire);
+        let used = ring::used(at, prod).ok_or(BadIndexes { cons: at, prod })?;
         let n = used.min(max);
         buf.extend(
-            (0..n as u32).map(|i| self.byte(ring::REQ + ring::offset(cons.wrapping_add(i))).load(Ordering::Relaxed)),
+            (0..n as u32).map(|i| self.byte(ring::REQ + ring::offset(at.wrapping_add(i))).load(Ordering::Relaxed)),
         );
-        fence(Ordering::SeqCst);
-        if n > 0 {
-            self.word(ring::REQ_CONS).store(cons.wrapping_add(n as u32), Ordering::Release);
-        }
         Ok(n)
+    }
+
+    /// Gives the room of requests before index `to` back.
+    pub fn consume(&self, to: u32) {
+        fence(Ordering::SeqCst);
+        self.word(ring::REQ_CONS).store(to, Ordering::Release);
     }
 
     /// Whether there are requests.
@@ -91,22 +107,29 @@ impl RingPage {
         Ok(RING_SIZE - self.indexes(ring::RSP_CONS, ring::RSP_PROD)?.2)
     }
 
-    /// Puts as many bytes of replies as fit. How many.
+    /// Lays as many bytes of replies into the ring from index `at` on as fit; the other side does not see them before
+    /// [`RingPage::publish`]. How many.
     ///
     /// # Errors
-    /// The indexes can't be; nothing is put.
-    pub fn put(&self, bytes: &[u8]) -> Result<usize, BadIndexes> {
-        let (_, prod, used) = self.indexes(ring::RSP_CONS, ring::RSP_PROD)?;
+    /// The indexes can't be; nothing is laid.
+    pub fn fill(&self, at: u32, bytes: &[u8]) -> Result<usize, BadIndexes> {
+        let cons = self.word(ring::RSP_CONS).load(Ordering::Acquire);
+        let used = ring::used(cons, at).ok_or(BadIndexes { cons, prod: at })?;
         let n = (RING_SIZE - used).min(bytes.len());
         for (i, &b) in bytes[..n].iter().enumerate() {
-            let at = ring::offset(prod.wrapping_add(i as u32));
-            self.byte(ring::RSP + at).store(b, Ordering::Relaxed);
-        }
-        fence(Ordering::SeqCst);
-        if n > 0 {
-            self.word(ring::RSP_PROD).store(prod.wrapping_add(n as u32), Ordering::Release);
+            if i == n / 2 {
+                may_die_here();
+            }
+            let to = ring::offset(at.wrapping_add(i as u32));
+            self.byte(ring::RSP + to).store(b, Ordering::Relaxed);
         }
         Ok(n)
+    }
+
+    /// Shows the other side the replies before index `to`.
+    pub fn publish(&self, to: u32) {
+        fence(Ordering::SeqCst);
+        self.word(ring::RSP_PROD).store(to, Ordering::Release);
     }
 
     /// Empties both rings. True if the guest had asked for a reconnection and waits to be told.
@@ -158,13 +181,18 @@ mod tests {
         }
         p.word(ring::REQ_PROD).store((u32::MAX - 100).wrapping_add(300), Ordering::SeqCst);
         let mut got = Vec::new();
-        assert_eq!(p.take(200, &mut got).unwrap(), 200);
-        assert_eq!(p.take(200, &mut got).unwrap(), 100);
+        let start = p.requests_at();
+        assert_eq!(p.peek(start, 200, &mut got).unwrap(), 200);
+        assert_eq!(p.requests_at(), start, "they stay until they are consumed");
+        assert_eq!(p.peek(start.wrapping_add(200), 200, &mut got).unwrap(), 100);
+        p.consume(start.wrapping_add(300));
         assert_eq!(got, (0..300u32).map(|i| i as u8).collect::<Vec<_>>());
         assert!(!p.has_requests().unwrap());
         let reply: Vec<u8> = (0..2000u32).map(|i| i as u8).collect();
-        assert_eq!(p.put(&reply).unwrap(), RING_SIZE);
-        assert_eq!((p.put(&reply).unwrap(), p.room().unwrap()), (0, 0));
+        let at = p.replies_at();
+        assert_eq!((p.fill(at, &reply).unwrap(), p.room().unwrap()), (RING_SIZE, RING_SIZE), "nobody sees it yet");
+        p.publish(at.wrapping_add(1024));
+        assert_eq!((p.fill(p.replies_at(), &reply).unwrap(), p.room().unwrap()), (0, 0));
         assert_eq!(p.word(ring::RSP_PROD).load(Ordering::SeqCst), (u32::MAX - 100).wrapping_add(1024));
     }
 
@@ -173,9 +201,9 @@ mod tests {
         let p = page();
         p.word(ring::REQ_PROD).store(1025, Ordering::SeqCst);
         let mut buf = Vec::new();
-        assert!(p.take(10, &mut buf).is_err() && buf.is_empty());
+        assert!(p.peek(0, 10, &mut buf).is_err() && buf.is_empty() && p.has_requests().is_err());
         p.word(ring::RSP_CONS).store(1, Ordering::SeqCst);
-        assert!(p.put(b"x").is_err() && p.room().is_err());
+        assert!(p.fill(0, b"x").is_err() && p.room().is_err());
         assert_eq!(p.word(ring::RSP_PROD).load(Ordering::SeqCst), 0);
     }
 }

@@ -6,7 +6,7 @@
 use super::devices::{Devices, Raised};
 use super::ring::RingPage;
 use crate::host::DomainState;
-use hypervisor::{DomId, Hypervisor};
+use hypervisor::{DomId, Hypervisor, PortState, PortStatus};
 use rustix::io::{FdFlags, fcntl_setfd};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -190,6 +190,20 @@ impl Devices for Xen {
 
     fn bind(&mut self, domid: u16, remote_port: u32) -> io::Result<u32> {
         ioctl(&self.events, BIND_INTERDOMAIN, &mut [u32::from(domid), remote_port])
+    }
+
+    fn remote_port(&self, port: u32) -> Option<u32> {
+        match self.host.port_status(DomId(0), port) {
+            Ok(Some(PortStatus { state: PortState::Interdomain { remote_port, .. }, .. })) => Some(remote_port),
+            Ok(s) => {
+                warn!(port, "event channel of a ring is not connected to a domain: {s:?}");
+                None
+            }
+            Err(e) => {
+                warn!(port, "the hypervisor does not say what an event channel is connected to: {e}");
+                None
+            }
+        }
     }
 
     fn unbind(&mut self, port: u32) {

@@ -29,9 +29,9 @@ impl Host for Table {
         Ok(100 + remote_port)
     }
 
-    fn adopt(&mut self, domid: u16, _local_port: u32) -> Result<(), Errno> {
+    fn adopt(&mut self, domid: u16, local_port: u32) -> Result<u32, Errno> {
         self.connected.push(domid);
-        if self.domains.contains_key(&domid) || domid == 0 { Ok(()) } else { Err(Errno::EIO) }
+        if self.domains.contains_key(&domid) || domid == 0 { Ok(local_port - 100) } else { Err(Errno::EIO) }
     }
 
     fn rebind(&mut self, _domid: u16, _local_port: u32, remote_port: u32) -> Result<u32, Errno> {

@@ -244,10 +244,19 @@ fn announce(dev: &str, addr: Ipv4Addr) -> io::Result<()> {
 
 /// Powers the guest off; returns only if that failed.
 pub fn power_off() -> io::Error {
+    end(libc::RB_POWER_OFF)
+}
+
+/// Starts the guest anew; returns only if that failed.
+pub fn reboot() -> io::Error {
+    end(libc::RB_AUTOBOOT)
+}
+
+fn end(how: libc::c_int) -> io::Error {
     // SAFETY: sync and reboot take no pointers; the witness is the only program here.
     unsafe {
         libc::sync();
-        libc::reboot(libc::RB_POWER_OFF);
+        libc::reboot(how);
     }
     io::Error::last_os_error()
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use witness::report::{Backwards, Clock, ClockReading, Clocks, Gap, Noticed};
 
-/// Most gaps that are kept.
-const MOST_GAPS: usize = 12;
+/// Most gaps that are kept: one for each move of a long run, and some of the emulator's.
+const MOST_GAPS: usize = 32;
 /// A reading whose clocks were read within this time can be compared across clocks.
 const TIGHT_NS: u64 = 500_000;
 /// Clocks made of the same source may differ by so much between two tight readings.

@@ -75,6 +75,12 @@ fn main() -> ExitCode {
         print!("{HELP}");
         return ExitCode::SUCCESS;
     }
+    // The kernel runs these when the toolstack wants the guest to end (`control/shutdown`).
+    match std::env::args().next().as_deref().and_then(|name| name.rsplit('/').next()) {
+        Some("poweroff") => return ended(boot::power_off()),
+        Some("reboot") => return ended(boot::reboot()),
+        _ => {}
+    }
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -89,6 +95,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The guest should have ended and goes on.
+fn ended(error: std::io::Error) -> ExitCode {
+    println!("witness: {error}");
+    ExitCode::FAILURE
 }
 
 fn settings() -> Result<Config, String> {

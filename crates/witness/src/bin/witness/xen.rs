@@ -138,7 +138,7 @@ impl Xen {
     }
 
     /// A hypercall whose argument `at` is the address of `value`, which is returned as Xen left it.
-    fn call<T: IntoBytes + FromBytes + Immutable>(
+    pub fn call<T: IntoBytes + FromBytes + Immutable>(
         &mut self,
         op: u64,
         mut arg: [u64; 5],
@@ -151,8 +151,8 @@ impl Xen {
         }
         let mut h = PrivcmdHypercall { op, arg };
         // SAFETY: `h` is a privcmd_hypercall; the one address in it is of the locked page, which is longer than any T used
-        // here, so Xen writes nowhere else. All operations used here only read the guest's own state or copy between
-        // pages that the witness owns.
+        // here, so Xen writes nowhere else. All operations used only read the guest's own state, copy between pages that
+        // the witness owns, or raise an event channel.
         let rc = unsafe { libc::ioctl(self.privcmd.as_raw_fd(), IOCTL_HYPERCALL as _, std::ptr::from_mut(&mut h)) };
         if rc < 0 {
             return Err(io::Error::last_os_error());
