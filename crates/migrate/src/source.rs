@@ -927,6 +927,19 @@ impl Run {
                     }
                 }
             }
+            let types = hv.page_types(self.dom(), &gone)?;
+            let mut there = types.iter().map(|kind| *kind == PageType::Ram);
+            let (back, gone): (Vec<Gfn>, Vec<Gfn>) = gone.into_iter().partition(|_| there.next() == Some(true));
+            for gfn in back {
+                // Taken again just now; else the other host would take it for given up.
+                // Its place in the batch is free, so there is room behind those that are sent.
+                let page = &mut buffer[data..data + PAGE_SIZE];
+                if let Some(Err(errno)) = hv.read_pages(self.dom(), &[gfn], page)?.first() {
+                    return Err(Trouble::new(format!("its page {gfn} is there, but can't be read ({errno})")));
+                }
+                full.push(gfn);
+                data += PAGE_SIZE;
+            }
             self.known.extend(full.iter().chain(&zero));
             image::write_pages(&mut self.encoder, &full, &buffer[..data], &zero, &gone);
             self.flush()?;

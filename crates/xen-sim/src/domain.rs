@@ -38,6 +38,7 @@ pub struct Domain {
     /// Pages that the guest gives up at the second reading of its memory, and takes again, with contents, at the third.
     pub balloon: Vec<Gfn>,
     pub reads: u32,
+    pub unreadable: Option<Gfn>,
 }
 
 impl Domain {
@@ -70,6 +71,7 @@ impl Domain {
             raised: BTreeSet::new(),
             balloon: Vec::new(),
             reads: 0,
+            unreadable: None,
         }
     }
 

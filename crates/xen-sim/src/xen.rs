@@ -145,6 +145,13 @@ impl SimXen {
         }
     }
 
+    /// Mapping this page fails from now on, though it is there.
+    pub fn make_unreadable(&self, dom: DomId, gfn: Gfn) {
+        if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
+            domain.unreadable = Some(gfn);
+        }
+    }
+
     /// What the host's CPU can do, and what Xen leaves of it when it makes a guest.
     pub fn set_features(&self, told: u32, set: u32) {
         lock(&self.inner).features = (told, set);
@@ -480,7 +487,8 @@ impl Hypervisor for SimXen {
 
     fn read_pages(&self, dom: DomId, gfns: &[Gfn], buf: &mut [u8]) -> Result<Vec<std::result::Result<(), Errno>>> {
         self.with("foreign map", dom, |d| {
-            let read = |(gfn, out): (&Gfn, &mut [u8])| match d.read(*gfn) {
+            let unreadable = d.unreadable;
+            let read = |(gfn, out): (&Gfn, &mut [u8])| match d.read(*gfn).filter(|_| unreadable != Some(*gfn)) {
                 Some(page) => {
                     out.copy_from_slice(&page);
                     Ok(())

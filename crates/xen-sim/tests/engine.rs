@@ -670,3 +670,12 @@ fn a_guest_whose_balloon_works_moves_whole() {
         assert!(memory[&gfn] == [0x77; 4096], "{gfn}");
     }
 }
+
+#[test]
+fn a_page_that_cannot_be_read_is_not_taken_for_given_up() {
+    let lab = Lab::new();
+    lab.xen[0].make_unreadable(DOM, Gfn(500));
+    let report = lab.migrate();
+    assert!(report.error.unwrap().contains("its page 0x1f4 is there, but can't be read"));
+    lab.settled_on(0);
+}
