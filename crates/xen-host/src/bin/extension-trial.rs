@@ -255,6 +255,7 @@ fn copy(host: &XenHost, from: u16, to: u16) -> Outcome<()> {
         .good("watchdogs")?;
 
     let back = get(host, to)?;
+    let khz = host.tsc_info(DomId(from))?.khz;
     let mut differ = Vec::new();
     let (a, b) = (&s.domain, &back.domain);
     let mut compare = |what: String, a: String, b: String| {
@@ -283,8 +284,12 @@ fn copy(host: &XenHost, from: u16, to: u16) -> Outcome<()> {
             pause_flags: 0,
             hvm_stime_offset: 0,
             tsc_offset: 0,
+            // Two points, of the same line.
+            tsc: 0,
+            tsc_at: 0,
             ..*v
         };
+        compare(format!("vcpu {}'s TSC", a.id), format!("{:?}", tsc_odds(a, b, khz)), "None".to_owned());
         compare(format!("vcpu {}", a.id), format!("{:x?}", plain(a)), format!("{:x?}", plain(b)));
     }
     let ours = |ports: &[PortState], of: u16| -> Vec<PortState> {
@@ -303,6 +308,13 @@ fn copy(host: &XenHost, from: u16, to: u16) -> Outcome<()> {
         differ.len()
     );
     if differ.is_empty() { Ok(()) } else { Err("the copy differs".into()) }
+}
+
+/// How far two points of a TSC are from the same line, in ticks; `None` when that is less than a microsecond's, which is rounding.
+fn tsc_odds(a: &VcpuState, b: &VcpuState, khz: u32) -> Option<i128> {
+    let expected = i128::from(a.tsc) + i128::from(b.tsc_at - a.tsc_at) * i128::from(khz) / 1_000_000;
+    let odds = i128::from(b.tsc) - expected;
+    (odds.abs() > i128::from(khz / 1000)).then_some(odds)
 }
 
 /// Requests that must be refused, each with the errno and the fault expected.
@@ -497,6 +509,8 @@ fn bad(host: &XenHost, paused: u16, running: u16) -> Outcome<()> {
     let shot =
         VcpuState { flags: vcpu_flags::SINGLESHOT, singleshot_expires: i64::MAX, ..vcpu(vcpu_fields::SINGLESHOT) };
     expect("singleshot far ahead", set_one(host, paused, op::SET_VCPU, 0, shot), Errno::EINVAL, Fault::SINGLESHOT);
+    let tsc = VcpuState { tsc_at: i64::MAX, ..vcpu(vcpu_fields::TSC) };
+    expect("TSC of a far moment", set_one(host, paused, op::SET_VCPU, 0, tsc), Errno::EINVAL, Fault::TSC);
     let fast = VcpuState { periodic_period: 999_999, ..vcpu(vcpu_fields::PERIODIC) };
     expect("short period", set_one(host, paused, op::SET_VCPU, 0, fast), Errno::EINVAL, Fault::PERIODIC);
 
@@ -522,8 +536,12 @@ fn bad(host: &XenHost, paused: u16, running: u16) -> Outcome<()> {
         flags: v.flags & !vcpu_flags::SINGLESHOT,
         singleshot_expires: 0,
         pause_flags: 0,
+        tsc: 0,
+        tsc_at: 0,
         ..*v
     };
+    let khz = host.tsc_info(DomId(paused))?.khz;
+    let same = same && before.vcpus.iter().zip(&after.vcpus).all(|(a, b)| tsc_odds(a, b, khz).is_none());
     let same = same && before.vcpus.iter().map(settled).eq(after.vcpus.iter().map(settled));
     println!("{} the target is {}", if same { "ok  " } else { "FAIL" }, if same { "unchanged" } else { "changed" });
     if failures == 0 && same {
