@@ -29,12 +29,20 @@ use crate::xen::{self, Domain, EFAULT, EINVAL, Vcpu, load, store};
 struct Slot {
     owner: AtomicPtr<u8>,
     offset: AtomicI64,
+    /// What the guest's wall clock is ahead of the host's, ns.
+    ahead: AtomicI64,
 }
 
 const SLOTS: usize = 0x8000;
 
 static TABLE: [Slot; SLOTS] =
-    [const { Slot { owner: AtomicPtr::new(core::ptr::null_mut()), offset: AtomicI64::new(0) } }; SLOTS];
+    [const { Slot { owner: AtomicPtr::new(core::ptr::null_mut()), offset: AtomicI64::new(0), ahead: AtomicI64::new(0) } }; SLOTS];
+
+/// What the guest's wall clock is ahead of the host's, ns: a guest that came from a host whose clock was wrong is not to see that.
+fn ahead(d: Domain) -> i64 {
+    let slot = slot(d);
+    if slot.owner.load(Ordering::Acquire) == d.0 { slot.ahead.load(Ordering::Relaxed) } else { 0 }
+}
 
 /// Guest's TSC on that vCPU, and guest's system time, of one moment.
 pub fn guest_tsc(d: Domain, v: Vcpu) -> (u64, i64) {
@@ -75,30 +83,38 @@ pub fn domains() -> u32 {
     DOMAINS.load(Ordering::SeqCst)
 }
 
-/// Gives a paused domain its offset. Timers that run keep their expiry in the guest's time, so they move in the host's.
-pub fn set(d: Domain, new: i64) {
+/// Gives a paused domain its offset, and its wall clock at its system time 0 (ns; 0: as the host's). Timers that run keep their expiry in
+/// the guest's time, so they move in the host's.
+pub fn set(d: Domain, new: i64, wall: i64) {
     let old = offset(d);
     let slot = slot(d);
     let owned = slot.owner.load(Ordering::Acquire) == d.0;
-    if new == 0 {
+    if new == 0 && wall == 0 {
         if owned {
             slot.owner.store(core::ptr::null_mut(), Ordering::Release);
             DOMAINS.fetch_sub(1, Ordering::SeqCst);
         }
     } else {
         slot.offset.store(new, Ordering::Relaxed);
+        slot.ahead.store(0, Ordering::Relaxed);
         // A slot of a former domain of this domid counts as ours from here on. That domain may be freed at this very moment, so taking the
         // slot and seeing whose it was is one step, as it is in `release`.
         if !owned && slot.owner.swap(d.0, Ordering::SeqCst).is_null() {
             DOMAINS.fetch_add(1, Ordering::SeqCst);
         }
     }
-    let shift = old.wrapping_sub(new);
-    if shift == 0 {
-        return;
+    if wall != 0 {
+        let (sec, nsec) = xen::wall_clock();
+        let (sec, nsec) = guest_wall_clock(d, sec, nsec);
+        let host = (sec as i64).wrapping_mul(NS_PER_SEC).wrapping_add(i64::from(nsec));
+        slot.ahead.store(wall.wrapping_sub(host), Ordering::Relaxed);
     }
+    let shift = old.wrapping_sub(new);
     for id in 0..d.max_vcpus() {
         let Some(v) = d.vcpu(id) else { continue };
+        if shift == 0 {
+            break;
+        }
         unsafe {
             let _held = xen::Spin::lock(v.at(t::V_PERIODIC_LOCK));
             let last: i64 = v.get(t::V_PERIOD_LAST);
@@ -261,7 +277,7 @@ const NS_PER_SEC: i64 = 1_000_000_000;
 
 /// Wall clock at the guest's system time 0. Its wall time is this plus its system time, so the clock offset comes off.
 fn guest_wall_clock(d: Domain, sec: u64, nsec: u32) -> (u64, u32) {
-    let offset = offset(d);
+    let offset = offset(d).wrapping_sub(ahead(d));
     let sec = sec.wrapping_add(d.get::<i64>(t::D_TIME_OFFSET) as u64);
     let mut ns = i64::from(nsec) - offset % NS_PER_SEC;
     let mut sec = sec.wrapping_sub((offset / NS_PER_SEC) as u64);
@@ -537,8 +553,7 @@ pub fn describe(d: Domain, out: &mut abi::DomainState) {
     let (sec, nsec) = xen::wall_clock();
     out.now = xen::now();
     out.clock_offset = offset(d);
-    out.wc_sec = sec.wrapping_add(d.get::<i64>(t::D_TIME_OFFSET) as u64);
-    out.wc_nsec = nsec;
+    (out.wc_sec, out.wc_nsec) = guest_wall_clock(d, sec, nsec);
     out.time_offset = d.get(t::D_TIME_OFFSET);
 }
 

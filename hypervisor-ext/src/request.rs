@@ -124,7 +124,10 @@ fn carry_out_set(d: Domain, request: &Request, progress: &mut Progress) -> Resul
         if wanted.offset.unsigned_abs() > abi::MAX_CLOCK_OFFSET as u64 {
             return Err(refuse(EINVAL, Fault::CLOCK));
         }
-        clock::set(d, wanted.offset);
+        if wanted.wall < 0 {
+            return Err(refuse(EINVAL, Fault::CLOCK));
+        }
+        clock::set(d, wanted.offset, wanted.wall);
         progress.done = 1;
         Ok(())
     } else {

@@ -15,7 +15,7 @@ pub struct GtState {
     pub host_now_ns: i64,
     /// Guest's system time minus host's `NOW()`; 0 for a domain that was born here.
     pub clock_offset_ns: i64,
-    /// The guest's wall clock at its system time 0, before the clock offset is taken off. Not set: it follows the host's.
+    /// The guest's wall clock at its system time 0. Set with the clock offset; 0 there lets it follow the host's.
     pub wall_clock: WallClock,
     /// 1 or 2; what the guest uses.
     pub grant_version: u32,
@@ -98,6 +98,13 @@ pub struct WallClock {
     pub sec: u64,
     /// Below 10^9.
     pub nsec: u32,
+}
+
+impl WallClock {
+    /// Nanoseconds since 1970.
+    pub fn ns(self) -> i64 {
+        i64::try_from(self.sec).unwrap_or(i64::MAX).saturating_mul(1_000_000_000).saturating_add(self.nsec.into())
+    }
 }
 
 /// `struct vcpu_runstate_info`.
@@ -204,7 +211,7 @@ pub enum GtStep {
     FifoTails,
     /// Places of vcpu_info, runstate and time areas, upcall vectors.
     VcpuAreas,
-    /// `clock_offset_ns`, everywhere the guest can see the host's time. May be set again at the end, when the length of the
+    /// `clock_offset_ns` and `wall_clock`, everywhere the guest can see the host's time. May be set again at the end, when the length of the
     /// blackout is known: running timers keep their expiry in the guest's time.
     ClockOffset,
     /// Runstate counters, periodic and single-shot timers, TSC: points in the guest's time, so after its clock offset.

@@ -350,7 +350,7 @@ pub struct DomainState {
     pub now: i64,
     /// The clock offset: guest's system time minus host's `NOW()`, ns. 0 for a domain that was never set.
     pub clock_offset: i64,
-    /// Wall clock as the guest sees it in shared_info, before the clock offset is taken off: seconds since 1970 at host `NOW()` 0 ...
+    /// Wall clock as the guest sees it in shared_info: seconds since 1970 at its system time 0 ...
     pub wc_sec: u64,
     /// ... and nanoseconds.
     pub wc_nsec: u32,
@@ -651,7 +651,7 @@ pub struct PirqState {
     pub reserved: u32,
 }
 
-/// What [`op::SET_CLOCK`] takes. 16 bytes.
+/// What [`op::SET_CLOCK`] takes. 24 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ClockOffset {
@@ -661,6 +661,8 @@ pub struct ClockOffset {
     pub version: u32,
     /// Guest's system time minus host's `NOW()`, ns; at most [`MAX_CLOCK_OFFSET`] either way. 0 takes the offset away.
     pub offset: i64,
+    /// What the guest's wall clock read at its system time 0, ns since 1970: it goes on from there, and steps with the host's. 0: the host's.
+    pub wall: i64,
 }
 
 const _: () = {
@@ -671,7 +673,7 @@ const _: () = {
     assert!(size_of::<VcpuState>() == 344);
     assert!(size_of::<PortState>() == 28);
     assert!(size_of::<PirqState>() == 16);
-    assert!(size_of::<ClockOffset>() == 16);
+    assert!(size_of::<ClockOffset>() == 24);
 };
 
 /// A structure that crosses the hypercall: plain integers without padding, its size and version in front where it has them.

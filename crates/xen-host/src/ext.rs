@@ -298,6 +298,7 @@ impl XenHost {
                     size: size_of::<ClockOffset>() as u32,
                     version: ext::ABI_VERSION,
                     offset: s.clock_offset_ns,
+                    wall: s.wall_clock.ns(),
                 };
                 self.ext_one(dom, op::SET_CLOCK, 0, clock).map(drop)
             }

@@ -175,6 +175,7 @@ impl Domain {
         for gfn in [8, 9, 10] {
             self.write(Gfn(gfn), 0, &[gfn as u8; 64]);
         }
+        self.gt.wall_clock = WallClock { sec: 1_795_000_000, nsec: 77 };
         self.gt.watchdogs = vec![Watchdog { id: 1, remaining_ns: 30_000_000_000 }];
         self.pauses = 0;
     }

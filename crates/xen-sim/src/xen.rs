@@ -738,7 +738,10 @@ impl Hypervisor for SimXen {
                         }
                     }
                 }
-                GtStep::ClockOffset => d.gt.clock_offset_ns = state.clock_offset_ns,
+                GtStep::ClockOffset => {
+                    d.gt.clock_offset_ns = state.clock_offset_ns;
+                    d.gt.wall_clock = state.wall_clock;
+                }
                 GtStep::VcpuTimes => {
                     for (to, from) in d.gt.vcpus.iter_mut().zip(&state.vcpus) {
                         to.runstate = from.runstate;

@@ -306,6 +306,7 @@ fn moves_whole(lab: &Lab) {
     let clock = after.guest_now_ns() - before.guest_now_ns();
     assert!((0..passed + 1_000_000_000).contains(&clock), "its clock went by {clock} ns in about {passed} ns");
     assert_eq!(after.vcpus[0].singleshot_ns, before.vcpus[0].singleshot_ns);
+    assert_eq!(after.wall_clock, before.wall_clock);
     let (was, is) = (before.vcpus[0].tsc, after.vcpus[0].tsc);
     assert_eq!(is.ticks - was.ticks, 2 * (is.at_ns - was.at_ns) as u64, "the TSC went on with the clock");
     let grants = lab.xen[1].grants(DOM).unwrap();

@@ -52,9 +52,7 @@ const EXPECTED: &[(&str, &str)] = &[
     ("grants.entries.*.in_use", "the other end maps anew"),
     ("gt.host_now_ns", "each host's own time"),
     ("gt.clock_offset_ns", "makes up for the difference of the hosts' times"),
-    ("gt.wall_clock", "each host's own wall clock"),
     ("gt.vcpus.*.runstate", "time goes on"),
-    ("shared_info.wall_clock", "each host's own wall clock"),
     ("hvm_params.IOREQ_PFN", "the device model's business"),
     ("hvm_params.BUFIOREQ_PFN", "the device model's business"),
 ];

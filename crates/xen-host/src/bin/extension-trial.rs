@@ -244,7 +244,10 @@ fn copy(host: &XenHost, from: u16, to: u16) -> Outcome<()> {
             .good("event array")?;
     }
     let offset = s.domain.guest_now() - get_one(host, to, op::INFO, 0, Info::default())?.now;
-    let clock = ClockOffset { size: size_of::<ClockOffset>() as u32, version: ext::ABI_VERSION, offset };
+    let wall = (s.domain.wc_sec * 1_000_000_000) as i64 + i64::from(s.domain.wc_nsec);
+    // A host that is wrong by a second and a bit must not show.
+    let wall = wall + 1_000_000_007;
+    let clock = ClockOffset { size: size_of::<ClockOffset>() as u32, version: ext::ABI_VERSION, offset, wall };
     set_one(host, to, op::SET_CLOCK, 0, clock)?.good("clock")?;
     for v in &s.vcpus {
         let fields = vcpu_fields::SETTABLE & !vcpu_fields::FIFO_CONTROL;
@@ -265,6 +268,8 @@ fn copy(host: &XenHost, from: u16, to: u16) -> Outcome<()> {
     };
     let settable = domain_flags::FIFO | domain_flags::WIDTH_32 | domain_flags::HVM;
     compare("domain flags".into(), format!("{:#x}", a.flags & settable), format!("{:#x}", b.flags & settable));
+    let wall_of = |d: &DomainState| d.wc_sec * 1_000_000_000 + u64::from(d.wc_nsec);
+    compare("wall clock".into(), (wall_of(a) + 1_000_000_007).to_string(), wall_of(b).to_string());
     compare("event array".into(), format!("{:x?}", a.fifo_array), format!("{:x?}", b.fifo_array));
     compare("event words".into(), a.fifo_words.to_string(), b.fifo_words.to_string());
     compare(
@@ -332,7 +337,8 @@ fn bad(host: &XenHost, paused: u16, running: u16) -> Outcome<()> {
         }
     };
     let before = get(host, paused)?;
-    let clock = |offset| ClockOffset { size: size_of::<ClockOffset>() as u32, version: ext::ABI_VERSION, offset };
+    let size = size_of::<ClockOffset>() as u32;
+    let clock = |offset| ClockOffset { size, version: ext::ABI_VERSION, offset, wall: 0 };
     let vcpu = |fields| VcpuState { fields, ..VcpuState::default() };
     let port = |port, state| PortState { port, state, ..PortState::default() };
     let far = before.domain.max_port + 1;
@@ -670,7 +676,7 @@ fn dying(host: &XenHost, domid: u16) -> Outcome<()> {
     if flags & domain_flags::DYING == 0 {
         return Err(format!("domain {domid} is not dying (flags {flags:#x})").into());
     }
-    let clock = ClockOffset { size: size_of::<ClockOffset>() as u32, version: ext::ABI_VERSION, offset: 5 };
+    let clock = ClockOffset { size: size_of::<ClockOffset>() as u32, version: ext::ABI_VERSION, offset: 5, wall: 0 };
     let port = PortState { port: 1, state: port_state::IPI, ..PortState::default() };
     let pirq = PirqState { pirq: 16, ..PirqState::default() };
     for (what, answer) in [
@@ -824,8 +830,12 @@ fn main() -> Outcome<()> {
             );
         }
         ["clock", domid, ns] => {
-            let clock =
-                ClockOffset { size: size_of::<ClockOffset>() as u32, version: ext::ABI_VERSION, offset: ns.parse()? };
+            let clock = ClockOffset {
+                size: size_of::<ClockOffset>() as u32,
+                version: ext::ABI_VERSION,
+                offset: ns.parse()?,
+                wall: 0,
+            };
             set_one(&host, domid.parse()?, op::SET_CLOCK, 0, clock)?.good("clock")?;
         }
         ["copy", from, to] => copy(&host, from.parse()?, to.parse()?)?,
