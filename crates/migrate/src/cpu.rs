@@ -151,7 +151,8 @@ static FEATURES: &[Features] = &[
         leaf: 0x8000_0001,
         subleaf: NONE,
         register: "EDX",
-        besides: 0,
+        // On AMD those of leaf 1 stand here again, and Xen's largest policy leaves them out (`CPUID_COMMON_1D_FEATURES`).
+        besides: 0x0183_f3ff,
         read: |l| l.d,
         names: &[(11, "syscall"), (20, "nx"), (26, "page1gb"), (27, "rdtscp"), (29, "lm")],
     },
@@ -208,6 +209,8 @@ mod tests {
             policy(&[leaf(1, NONE, 0x0100_0800, 1 << 28 | 1 << 27), leaf(7, 0, 1 << 5 | 1 << 16 | 1 << 2 | 1 << 6, 0)]);
         let same = policy(&[leaf(1, NONE, 0, 1 << 28), leaf(7, 0, 1 << 5 | 1 << 16 | 1 << 2 | 1 << 31, 0)]);
         assert_eq!(lacks(&guest, &same), Vec::<String>::new());
+        let edx = |d: u32| policy(&[CpuidLeaf { d, ..leaf(0x8000_0001, NONE, 0, 0) }]);
+        assert_eq!(lacks(&edx(0x0183_f3ff | 1 << 29), &edx(0)), ["lm"]);
         let older = policy(&[leaf(1, NONE, 0, 1 << 28), leaf(7, 0, 1 << 5, 0)]);
         assert_eq!(lacks(&guest, &older), ["bit 2 of EBX of CPUID leaf 0x7, subleaf 0", "avx512f"]);
         assert_eq!(lacks(&guest, &policy(&[])).first().map(String::as_str), Some("avx"));
