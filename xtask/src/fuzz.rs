@@ -32,15 +32,18 @@ pub struct Options {
     /// How long each target is run.
     #[arg(long, default_value_t = 60)]
     seconds: u32,
+    /// Draw the same inputs as another run with this number; 0 draws new ones
+    #[arg(long, default_value_t = 0)]
+    seed: u32,
     /// Run this input once, for example one that made the target crash.
     #[arg(long)]
     input: Option<PathBuf>,
 }
 
 impl Options {
-    /// Every target for so long.
+    /// Every target for so long, with the same inputs each time: a change is judged by what it changed.
     pub fn all(seconds: u32) -> Options {
-        Options { targets: Vec::new(), seconds, input: None }
+        Options { targets: Vec::new(), seconds, seed: 1, input: None }
     }
 }
 
@@ -73,7 +76,7 @@ pub fn run(options: &Options) -> Result<()> {
                         seeds: root.join("fuzz/seeds").join(name),
                         home: &home,
                     };
-                    match job.run(options.seconds) {
+                    match job.run(options.seconds, options.seed) {
                         Ok(line) => println!("{line}"),
                         Err(error) => {
                             eprintln!("{error:#}");
@@ -108,8 +111,14 @@ fn target_dir(root: &Path) -> PathBuf {
 /// Builds the targets; gives the folder of the programs.
 fn compile(root: &Path, home: &Path, names: &[String]) -> Result<PathBuf> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-    if Command::new(&compiler).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err() {
-        bail!("libFuzzer is C++, and there is no {compiler}: install a C++ compiler (Debian's package g++)");
+    let there =
+        || Command::new(&compiler).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
+    if !there() {
+        println!("libFuzzer is C++, and there is no {compiler} on this machine: installing Debian's package g++");
+        let installed = Command::new("apt-get").args(["install", "--yes", "g++"]).status();
+        if !installed.is_ok_and(|status| status.success()) || !there() {
+            bail!("g++ could not be installed: install a C++ compiler (as root: apt-get install g++)");
+        }
     }
     let mut cargo = build::cargo()?;
     cargo
@@ -134,7 +143,7 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// Runs it; what it found is kept for the next run. Gives a line about it.
-    fn run(&self, seconds: u32) -> Result<String> {
+    fn run(&self, seconds: u32, seed: u32) -> Result<String> {
         let (corpus, crashes) = (self.home.join("corpus").join(self.name), self.home.join("crashes").join(self.name));
         for folder in [&corpus, &crashes] {
             fs::create_dir_all(folder).with_context(|| format!("make {}", folder.display()))?;
@@ -143,7 +152,7 @@ impl Job<'_> {
         let file = File::create(&log).with_context(|| format!("make {}", log.display()))?;
         let status = Command::new(&self.program)
             .args(INPUT_LIMITS)
-            .args(["-print_final_stats=1", &format!("-max_total_time={seconds}")])
+            .args(["-print_final_stats=1", &format!("-max_total_time={seconds}"), &format!("-seed={seed}")])
             .arg(format!("-artifact_prefix={}/", crashes.display()))
             .args([&corpus, &self.seeds])
             .stdin(Stdio::null())
