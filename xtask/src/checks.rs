@@ -32,7 +32,10 @@ fn lab_check(name: impl Into<String>, run: impl Fn() -> Result<()> + 'static) ->
 const SCENARIOS: &[(&str, &str)] = &[
     ("control", "with no move every promise is kept, so what fails elsewhere is not the lab's doing; 2 min"),
     ("migrate-pvh", "the main job: every promise kept while a guest under load moves; 2 min"),
-    ("migrate-faults", "a sample of `cargo xtask faults`: exactly one host runs the guest, and it notices nothing; 3 min"),
+    (
+        "migrate-faults",
+        "a sample of `cargo xtask faults`: exactly one host runs the guest, and it notices nothing; 3 min",
+    ),
     ("extension-bad-input", "wrong requests to the hypervisor part harm nobody; one host, 2 min"),
     ("baseline-save-restore", "the witness fails what stock Xen breaks, so it can see; one host, 2 min"),
 ];
