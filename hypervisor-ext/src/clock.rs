@@ -117,8 +117,12 @@ pub fn set(d: Domain, new: i64, wall: i64) {
         }
         unsafe {
             let _held = xen::Spin::lock(v.at(t::V_PERIODIC_LOCK));
-            let last: i64 = v.get(t::V_PERIOD_LAST);
-            v.set(t::V_PERIOD_LAST, last.saturating_add(shift));
+            // Of a timer that is off, the last tick is some host time gone by. Moved ahead of the host's clock it would keep a timer that
+            // the guest starts later from ticking until then.
+            if v.get::<i64>(t::V_PERIOD) != 0 {
+                let last: i64 = v.get(t::V_PERIOD_LAST);
+                v.set(t::V_PERIOD_LAST, last.saturating_add(shift));
+            }
             for timer in [v.at(t::V_SINGLESHOT), v.at(t::V_POLL_TIMER)] {
                 if xen::timer_is_active(timer) {
                     xen::set_timer(timer, xen::timer_expires(timer).saturating_add(shift).max(1));
