@@ -105,7 +105,9 @@ fn talk(sessions: &mut [Session<'_>]) -> Result<()> {
             listen(session, index == shown)?;
         }
         if sessions.iter().all(|session| session.over) {
-            return Ok(());
+            // What came from a host while another was shown is still to be seen.
+            let unseen = (0..sessions.len()).filter(|&index| sessions.get(index).is_some_and(|s| !s.unseen.is_empty()));
+            return unseen.collect::<Vec<_>>().into_iter().try_for_each(|index| show(sessions, index));
         }
         if sessions.get(shown).is_none_or(|session| session.over) {
             shown = sessions.iter().position(|session| !session.over).unwrap_or(0);
