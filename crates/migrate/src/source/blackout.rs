@@ -1,0 +1,116 @@
+//! From the pause until everything is sent.
+
+use super::records::Freeze;
+use super::{BATCH, Run};
+use crate::capture;
+use crate::handshake::SourceRecord;
+use crate::image;
+use crate::report::{Ending, Place, Timeline};
+use crate::restore::PAUSES;
+use crate::trouble::{Doing, Result, Trouble};
+use hypervisor::{DirtyBitmap, Gfn, GtStep, PageType};
+use std::collections::BTreeSet;
+
+impl Run {
+    pub(super) fn freeze(&mut self) -> Result<()> {
+        let hv = self.host.hypervisor.clone();
+        let dom = self.dom();
+        // The pages that Xen writes to by itself are found before the pause; what changes until then is found after it again.
+        if hv.domain_info(dom)?.paused {
+            // Nothing was done that a roll-back would have to undo, this pause least of all.
+            self.freeze = None;
+            return Err(Trouble::new("somebody has paused it while its memory was copied"));
+        }
+        let timeline = self.timeline.insert(Timeline::start(Place::Source));
+        for _ in 0..PAUSES {
+            hv.pause(dom)?;
+        }
+        timeline.mark("pause");
+        let before = hv.gt_state(dom)?;
+        self.paused_at_ns = u64::try_from(before.host_now_ns).unwrap_or(0);
+        self.freeze = Some(Freeze { watchdogs: before.watchdogs.clone(), paused_at_ns: self.paused_at_ns });
+        if !before.watchdogs.is_empty() {
+            self.write_journal(SourceRecord::Freeze)?;
+            let disarmed = hypervisor::GtState { watchdogs: Vec::new(), ..before.clone() };
+            hv.set_gt_state(dom, GtStep::Watchdogs, &disarmed)?;
+        }
+        self.still_whole()?;
+        self.look_at_size()?;
+        if self.resized {
+            return Err(Trouble::new("its memory changed in size just before the pause")
+                .todo("try again when its balloon rests"));
+        }
+        self.mark("read clocks, disarm watchdogs");
+        self.host.toolstack.freeze(&self.guest).doing("freeze the store and console")?;
+        self.mark("freeze the store and console");
+        self.host.toolstack.detach(&self.guest).doing("drain the backends")?;
+        self.mark("drain the backends");
+
+        let mut bitmap = self.bitmap()?;
+        hv.log_dirty_clean(dom, &mut bitmap, true)?;
+        bitmap.union(&self.precopy.left_over);
+        let mut state = capture::state(&*hv, dom, before.guest_now_ns(), self.paused_at_ns)?;
+        state.gt.watchdogs = before.watchdogs;
+        capture::unmarked_pages(&state.params, &state.gt).into_iter().for_each(|gfn| {
+            bitmap.insert(gfn);
+        });
+        let last = self.last_pages(&bitmap)?;
+        self.mark("capture the hypervisor's state");
+        if let Some(why) =
+            self.precopy.too_late(self.timeline.as_ref().map(Timeline::elapsed).unwrap_or_default(), last.len() as u64)
+        {
+            self.ending = Ending::GivenUp;
+            return Err(Trouble::new(why));
+        }
+        self.precopy.begin_round();
+        self.send_pages(&last)?;
+        self.precopy.end_round(0);
+        self.mark("send the last pages");
+        let luggage = self.host.toolstack.pack(&self.guest).doing("read the guest's part of the store")?;
+        self.mark("export the store");
+        image::write_tail(&mut self.encoder, &state, &luggage);
+        self.state = Some(state);
+        self.flush()
+    }
+
+    /// Nothing but its own vCPUs and watchdogs can shut the guest down, and they stand still now. One that shut down while its memory was
+    /// copied must stay: its toolstack is about to start it anew here, and on the other host it would go on as if it had not.
+    fn still_whole(&self) -> Result<()> {
+        let info = self.host.hypervisor.domain_info(self.dom())?;
+        if info.uuid != self.guest.identity.uuid || info.dying {
+            return Err(Trouble::new("it has been destroyed while its memory was copied"));
+        }
+        match info.shutdown {
+            Some(reason) => Err(Trouble::new(format!("it shut down while its memory was copied (reason {reason})"))),
+            None => Ok(()),
+        }
+    }
+
+    /// The dirty pages that are memory, and every page that is known on one side only.
+    fn last_pages(&mut self, bitmap: &DirtyBitmap) -> Result<Vec<Gfn>> {
+        let dirty: Vec<Gfn> = bitmap.iter().collect();
+        let mut pages = BTreeSet::new();
+        for batch in dirty.chunks(BATCH) {
+            let types = self.host.hypervisor.page_types(self.dom(), batch)?;
+            pages.extend(
+                batch
+                    .iter()
+                    .zip(types)
+                    .filter(|(gfn, kind)| *kind == PageType::Ram || self.known.contains(gfn))
+                    .map(|(gfn, _)| *gfn),
+            );
+        }
+        if self.host.hypervisor.domain_info(self.dom())?.total_pages != self.offer.shell.total_pages {
+            // It has ballooned: find what came and went.
+            let now: BTreeSet<Gfn> = self.host.hypervisor.ram_gfns(self.dom())?.into_iter().collect();
+            pages.extend(now.symmetric_difference(&self.known));
+        }
+        Ok(pages.into_iter().collect())
+    }
+
+    pub(super) fn mark(&mut self, step: &str) {
+        if let Some(timeline) = &mut self.timeline {
+            timeline.mark(step);
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! Progress and the report.
+
+use super::Run;
+use crate::handshake::{Outcome, SourceState};
+use crate::report::{Ending, Phase, Progress, Report, Timeline, millis};
+use std::sync::PoisonError;
+
+impl Run {
+    pub(super) fn progress(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut self.shared.progress.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(super) fn set_phase(&self) {
+        let phase = match self.machine.state() {
+            SourceState::Offering => Phase::Preflight,
+            SourceState::Copying => Phase::Precopy,
+            SourceState::Freezing | SourceState::AwaitingReady => Phase::Blackout,
+            SourceState::Committed => Phase::Committed,
+            SourceState::RollingBack => Phase::RollingBack,
+            SourceState::Leaving => Phase::Leaving,
+            SourceState::RolledBack | SourceState::Left | SourceState::Closed(_) => Phase::Done,
+        };
+        self.progress(|p| p.phase = phase);
+    }
+
+    pub(super) fn report(&mut self, outcome: Outcome) {
+        let moved = outcome == Outcome::Moved;
+        let ending = match self.ending {
+            _ if self.recovered => Ending::Recovered,
+            _ if moved => Ending::Moved,
+            ending => ending,
+        };
+        let steps = self.timeline.as_ref().map(|t| t.steps().to_vec()).unwrap_or_default();
+        let report = Report {
+            id: self.id,
+            domid: self.dom().0,
+            name: self.guest.identity.name.clone(),
+            peer: self.peer.clone(),
+            moved,
+            error: (!moved).then(|| self.why.clone().unwrap_or_else(|| "the daemon was stopped meanwhile".into())),
+            ending,
+            rounds: self.precopy.rounds().to_vec(),
+            bytes: self.precopy.total_bytes(),
+            total_ms: millis(self.started.elapsed()),
+            blackout_us: self.timeline.as_ref().map_or(0, Timeline::total_micros),
+            steps,
+        };
+        tracing::info!(id = %self.id, "{}: {ending:?}, blackout {} µs", self.title(), report.blackout_us);
+        *self.shared.report.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
+    }
+}
