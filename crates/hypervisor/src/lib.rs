@@ -85,7 +85,10 @@ pub trait Hypervisor: Send + Sync {
     /// The highest gfn the guest has anything at.
     fn max_gfn(&self, dom: DomId) -> Result<Gfn>;
 
-    /// What is behind each gfn, in order.
+    /// What of the guest's memory has no pages yet. Once none is left, none can come.
+    fn populate_on_demand(&self, dom: DomId) -> Result<PopulateOnDemand>;
+
+    /// What is behind each gfn, in order. To ask about a gfn that is populated on demand populates it.
     fn page_types(&self, dom: DomId, gfns: &[Gfn]) -> Result<Vec<PageType>>;
 
     /// Every gfn with ordinary memory, ascending: what a first round copies. Guests have large holes, and asking about a hole costs as

@@ -233,6 +233,15 @@ pub enum PageType {
     Broken,
 }
 
+/// Memory that a guest is told it has and that gets its pages when it is first touched (`XENMEM_get_pod_target`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PopulateOnDemand {
+    /// gfns without a page yet.
+    pub entries: u64,
+    /// Pages that Xen keeps for them. If there are fewer than entries, a touch too many crashes the guest.
+    pub cache_pages: u64,
+}
+
 /// What `XENMEM_add_to_physmap` can place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum XenPage {

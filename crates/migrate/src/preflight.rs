@@ -125,6 +125,25 @@ fn switched_on(command_line: &str, option: &str) -> bool {
     values.next_back().is_some_and(|value| !matches!(value, "0" | "no" | "off" | "false" | "disable"))
 }
 
+/// Memory that is populated on demand ends the preflight before anybody looks at the guest's memory: each look would make a page, and
+/// crash the guest when Xen has none left for it. An entry goes when the guest touches the page or its balloon driver gives it up, and
+/// none comes once the guest runs.
+pub fn populated(hv: &dyn Hypervisor, dom: DomId) -> Result<()> {
+    let pod = hv.populate_on_demand(dom)?;
+    if pod.entries == 0 {
+        return Ok(());
+    }
+    Err(Trouble::new(format!(
+        "{} MiB of its memory have no pages yet: it was started with less memory than maxmem and is populated on demand",
+        pod.entries.div_ceil(256)
+    ))
+    .todo(if pod.entries > pod.cache_pages {
+        "wait until its balloon driver has given up what is above its target; or start it with memory equal to maxmem"
+    } else {
+        "let the guest use all of its memory once (fill a tmpfs, say), which gives it its pages; or start it with memory equal to maxmem"
+    }))
+}
+
 /// A guest decides itself how high its highest page lies, and a bit for each page below it is kept, and asked for in each round.
 pub fn reach(hv: &dyn Hypervisor, info: &DomainInfo) -> Result<Gfn> {
     let top = hv.max_gfn(info.domid)?;

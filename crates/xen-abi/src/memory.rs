@@ -9,6 +9,7 @@ abi_numbers! {
     SET_MEMORY_MAP: u64 = 13, "XENMEM_set_memory_map";
     MAXIMUM_GPFN: u64 = 14, "XENMEM_maximum_gpfn";
     REMOVE_FROM_PHYSMAP: u64 = 15, "XENMEM_remove_from_physmap";
+    GET_POD_TARGET: u64 = 17, "XENMEM_get_pod_target";
     CLAIM_PAGES: u64 = 24, "XENMEM_claim_pages";
     ACQUIRE_RESOURCE: u64 = 28, "XENMEM_acquire_resource";
 
@@ -33,6 +34,15 @@ abi_structs! {
 
     struct MemoryDomain = "struct xen_memory_domain" {
         domid: u16,
+    }
+
+    struct PodTarget = "struct xen_pod_target" {
+        target_pages: u64,
+        tot_pages: u64,
+        pod_cache_pages: u64,
+        pod_entries: u64,
+        domid: u16,
+        _pad: [u16; 3],
     }
 
     struct AddToPhysmap = "struct xen_add_to_physmap" {

@@ -309,6 +309,10 @@ impl Hypervisor for XenHost {
         self.highest_gfn(dom)
     }
 
+    fn populate_on_demand(&self, dom: DomId) -> Result<PopulateOnDemand> {
+        self.pod_of(dom)
+    }
+
     fn page_types(&self, dom: DomId, gfns: &[Gfn]) -> Result<Vec<PageType>> {
         self.types_of(dom, gfns)
     }

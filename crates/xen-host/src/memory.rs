@@ -34,6 +34,12 @@ impl XenHost {
         Ok(Gfn(gfn as u64))
     }
 
+    pub(crate) fn pod_of(&self, dom: DomId) -> Result<PopulateOnDemand> {
+        let mut op = memory::PodTarget { domid: dom.0, ..Default::default() };
+        self.memory_op("XENMEM_get_pod_target", memory::GET_POD_TARGET, dom, &mut op)?;
+        Ok(PopulateOnDemand { entries: op.pod_entries, cache_pages: op.pod_cache_pages })
+    }
+
     pub(crate) fn types_of(&self, dom: DomId, gfns: &[Gfn]) -> Result<Vec<PageType>> {
         let mut types = Vec::with_capacity(gfns.len());
         for part in gfns.chunks(BATCH) {

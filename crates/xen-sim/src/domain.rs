@@ -21,6 +21,8 @@ pub struct Domain {
     pub shared_info: Box<[u8; PAGE_SIZE]>,
     pub grant_frames: Vec<u8>,
     pub dirty: Option<BTreeSet<Gfn>>,
+    /// What gets its page when somebody first looks at it.
+    pub on_demand: BTreeSet<Gfn>,
     pub pauses: u32,
     pub shutdown: Option<u8>,
     pub max_mem_kib: u64,
@@ -56,6 +58,7 @@ impl Domain {
             shared_info: Box::new([0; PAGE_SIZE]),
             grant_frames: vec![0; PAGE_SIZE],
             dirty: None,
+            on_demand: BTreeSet::new(),
             pauses: 1,
             shutdown: None,
             max_mem_kib: 0,

@@ -145,6 +145,14 @@ impl SimXen {
         }
     }
 
+    /// The guest has these pages only once somebody looks at them.
+    pub fn populate_on_demand_at(&self, dom: DomId, pages: &[Gfn]) {
+        if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
+            domain.pages.retain(|gfn, _| !pages.contains(gfn));
+            domain.on_demand = pages.iter().copied().collect();
+        }
+    }
+
     /// Mapping this page fails from now on, though it is there.
     pub fn make_unreadable(&self, dom: DomId, gfn: Gfn) {
         if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
@@ -458,12 +466,23 @@ impl Hypervisor for SimXen {
 
     fn max_gfn(&self, dom: DomId) -> Result<Gfn> {
         self.with("XENMEM_maximum_gpfn", dom, |d| {
-            Ok(d.pages.keys().chain(d.placed.keys()).max().copied().unwrap_or(Gfn(0)))
+            let all = d.pages.keys().chain(d.placed.keys()).chain(&d.on_demand);
+            Ok(all.max().copied().unwrap_or(Gfn(0)))
+        })
+    }
+
+    fn populate_on_demand(&self, dom: DomId) -> Result<PopulateOnDemand> {
+        self.with("XENMEM_get_pod_target", dom, |d| {
+            let entries = d.on_demand.len() as u64;
+            Ok(PopulateOnDemand { entries, cache_pages: entries })
         })
     }
 
     fn page_types(&self, dom: DomId, gfns: &[Gfn]) -> Result<Vec<PageType>> {
         self.with("XEN_DOMCTL_getpageframeinfo3", dom, |d| {
+            for gfn in gfns.iter().filter(|gfn| d.on_demand.remove(gfn)) {
+                d.pages.insert(*gfn, None);
+            }
             Ok(gfns.iter().map(|g| if d.pages.contains_key(g) { PageType::Ram } else { PageType::NotRam }).collect())
         })
     }

@@ -680,3 +680,19 @@ fn a_page_that_cannot_be_read_is_not_taken_for_given_up() {
     assert!(report.error.unwrap().contains("its page 0x1f4 is there, but can't be read"));
     lab.settled_on(0);
 }
+
+/// To look at a page that is populated on demand makes it: the guest is refused before anybody looks.
+#[test]
+fn memory_that_is_populated_on_demand_is_refused_and_left_alone() {
+    let lab = Lab::new();
+    let pages: Vec<Gfn> = (512..1024).map(Gfn).collect();
+    lab.xen[0].populate_on_demand_at(DOM, &pages);
+    let error = source::start(&lab.hosts[0], lab.request()).unwrap_err().to_string();
+    assert!(error.contains("2 MiB of its memory have no pages yet"), "{error}");
+    assert!(error.contains("maxmem"), "it says what to do: {error}");
+    assert_eq!(lab.xen[0].populate_on_demand(DOM).unwrap().entries, 512, "none was populated by the look");
+    // The guest has touched the last of them.
+    lab.xen[0].page_types(DOM, &pages).unwrap();
+    assert!(lab.migrate().moved);
+    lab.settled_on(1);
+}
