@@ -10,11 +10,18 @@ use crate::restore::PAUSES;
 use crate::trouble::{Doing, Result, Trouble};
 use hypervisor::{DirtyBitmap, Gfn, GtStep, PageType};
 use std::collections::BTreeSet;
+use std::thread;
+use std::time::Duration;
+
+/// How long dom0 rests before the pause. Copying keeps dom0's CPU busy, and a guest that shares it waits for its turn and for its packets to
+/// be carried out. Paused then, it would have been silent for longer than its blackout.
+const BREATH: Duration = Duration::from_millis(20);
 
 impl Run {
     pub(super) fn freeze(&mut self) -> Result<()> {
         let hv = self.host.hypervisor.clone();
         let dom = self.dom();
+        thread::sleep(BREATH);
         // The pages that Xen writes to by itself are found before the pause; what changes until then is found after it again.
         if hv.domain_info(dom)?.paused {
             // Nothing was done that a roll-back would have to undo, this pause least of all.

@@ -9,6 +9,12 @@ use crate::report::{Ending, millis};
 use crate::trouble::{Doing, Result, Trouble};
 use hypervisor::{DirtyBitmap, Gfn, PAGE_SIZE, PageType};
 use std::collections::BTreeSet;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long the last round may take to arrive, and how often it is looked whether it has.
+const DRY_LIMIT: Duration = Duration::from_secs(1);
+const DRY_POLL: Duration = Duration::from_millis(1);
 
 impl Run {
     pub(super) fn precopy(&mut self) -> Result<()> {
@@ -56,7 +62,7 @@ impl Run {
                 Judgement::Again => {}
                 Judgement::Freeze => {
                     self.precopy.left_over = bitmap;
-                    return Ok(());
+                    return self.let_link_run_dry();
                 }
                 Judgement::GiveUp(why) => {
                     self.ending = Ending::GivenUp;
@@ -64,6 +70,18 @@ impl Run {
                 }
             }
         }
+    }
+
+    /// Waits until what was sent has arrived: what still waits for the network now would be waited for in the blackout, and its sending keeps
+    /// dom0's CPU from a guest that shares it. A peer that is silent for longer is left to the time-outs that there are for it.
+    fn let_link_run_dry(&mut self) -> Result<()> {
+        let since = Instant::now();
+        let number = self.send_ping()?;
+        while self.pings.iter().any(|(waiting, _)| *waiting == number) && since.elapsed() < DRY_LIMIT {
+            thread::sleep(DRY_POLL);
+            self.check()?;
+        }
+        Ok(())
     }
 
     /// Xen does not mark a page that a guest gets while its writes are watched, and marks writes to it only after the next look at the bitmap

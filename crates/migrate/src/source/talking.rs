@@ -76,14 +76,20 @@ impl Run {
     }
 
     fn ping(&mut self) {
+        if let Err(error) = self.send_ping() {
+            self.lost(error.to_string());
+        }
+    }
+
+    /// Gives the ping's number.
+    pub(super) fn send_ping(&mut self) -> Result<u64> {
         let number = self.pings.back().map_or(0, |(n, _)| n + 1);
         self.last_ping = Instant::now();
         self.pings.push_back((number, self.last_ping));
-        if let Some(link) = &self.link
-            && let Err(error) = link.send(&Frame::Ping(number))
-        {
-            self.lost(error.to_string());
+        if let Some(link) = &self.link {
+            link.send(&Frame::Ping(number))?;
         }
+        Ok(number)
     }
 
     pub(super) fn drop_link(&mut self) {
