@@ -11,6 +11,7 @@ use crate::journal::Journal;
 use crate::link::Sender;
 use crate::precopy::{Judgement, Limits, Precopy};
 use crate::preflight;
+use crate::recording::Recording;
 use crate::report::{Ending, Phase, Place, Progress, Report, Step, Timeline, millis};
 use crate::restore::PAUSES;
 use crate::toolstack::Description;
@@ -20,6 +21,7 @@ use hypervisor::{DirtyBitmap, DomId, Gfn, GtStep, PAGE_SIZE, PageType, Watchdog}
 use migration_stream::Encoder;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, VecDeque};
+use std::path::PathBuf;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -42,6 +44,9 @@ pub struct Request {
     /// The destination's address.
     pub peer: String,
     pub limits: Limits,
+    /// A file that is made for the image, as it is sent.
+    #[serde(default)]
+    pub record: Option<PathBuf>,
 }
 
 /// What the journal's `Begin` holds.
@@ -204,9 +209,12 @@ pub fn start(host: &Host, request: Request) -> Result<Handle> {
     if !why.is_empty() {
         return Err(Trouble::new(why.join("; ")));
     }
+    let recording = request.record.as_deref().map(Recording::create).transpose()?;
     let id = Uuid::new_v4();
     let (machine, actions) = Source::begin();
-    Ok(spawn(host, Run::new(host, id, request.peer, request.limits, offer, guest, machine, actions)))
+    let mut run = Run::new(host, id, request.peer, request.limits, offer, guest, machine, actions);
+    run.recording = recording;
+    Ok(spawn(host, run))
 }
 
 /// Goes on with the migration that a journal tells of, after the daemon was started again.
@@ -283,6 +291,7 @@ struct Run {
     round_trip: Option<Duration>,
     waiting_since: Instant,
     encoder: Encoder,
+    recording: Option<Recording>,
     digest: Digest,
     precopy: Precopy,
     /// gfns that were sent with contents or as zero, and are there.
@@ -337,6 +346,7 @@ impl Run {
             round_trip: None,
             waiting_since: now,
             encoder: Encoder::new(),
+            recording: None,
             digest: Digest::default(),
             precopy: Precopy::default(),
             known: BTreeSet::new(),
@@ -956,13 +966,16 @@ impl Run {
         Ok(())
     }
 
-    /// Sends what the encoder holds.
+    /// Sends what the encoder holds, and records it if that was asked for.
     fn flush(&mut self) -> Result<()> {
         let (bytes, crc) = (self.encoder.bytes(), self.encoder.crc());
         self.digest.add(crc, bytes.len());
         self.precopy.count_bytes(bytes.len() as u64);
         let link = self.link.as_ref().ok_or_else(|| Trouble::new("there is no connection"))?;
         link.stream(bytes, crc)?;
+        if let Some(recording) = &mut self.recording {
+            recording.add(bytes)?;
+        }
         self.encoder.clear();
         Ok(())
     }
