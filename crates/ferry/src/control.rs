@@ -6,7 +6,7 @@ use migrate::report::{Progress, Report};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -32,6 +32,9 @@ pub struct Migrate {
     pub downtime_ms: Option<u64>,
     pub max_time_s: Option<u64>,
     pub dry_run: bool,
+    /// Absolute path of a file that the daemon makes for the stream.
+    #[serde(default)]
+    pub record: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

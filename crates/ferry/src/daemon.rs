@@ -263,7 +263,8 @@ impl Daemon {
         let started = (self.find)(&request.domain).and_then(|domid| {
             let _hold = self.busy.hold(domid)?;
             self.not_moving(domid)?;
-            let handle = source::start(&self.host, source::Request { domid, peer: request.host.clone(), limits })?;
+            let (peer, record) = (request.host.clone(), request.record.clone());
+            let handle = source::start(&self.host, source::Request { domid, peer, limits, record })?;
             let mut outgoing = self.outgoing();
             outgoing.retain(|h| !h.is_over());
             outgoing.push(handle.clone());

@@ -55,6 +55,40 @@ fn the_stock_verifier_accepts_ours_stripped_and_refuses_ours_whole_by_name() {
     assert!(!bad.status.success() && text.contains("Unrecognised record type 47540101"), "{bad:?}");
 }
 
+/// What the lab's `migrate-stream` runs on a real stream.
+#[test]
+fn the_stock_verifier_refuses_each_kind_of_ours_by_name() {
+    let xen = dom0_tree().join("usr/lib/xen-4.17");
+    let dir = tempfile::tempdir().unwrap();
+    let judge = |name: &str, stream: &[u8]| {
+        let programs = Path::new(env!("CARGO_BIN_EXE_ferry")).parent().unwrap().to_owned();
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::env::join_paths([programs].into_iter().chain(std::env::split_paths(&path))).unwrap();
+        Command::new("python3")
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scenarios/stream-judge.py"))
+            .args([write(dir.path(), name, stream), dir.path().join("plain").to_str().unwrap().to_owned()])
+            .env("XEN_TOOLS", &xen)
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .env("PATH", path)
+            .output()
+            .expect("run python3")
+    };
+    let good = judge("ours", &support::transparent());
+    let text = String::from_utf8_lossy(&good.stdout);
+    assert!(good.status.success(), "{good:?}");
+    assert!(
+        text.contains("stream is refused for GT_IDENTITY") && text.contains("image is refused for GT_DOMAIN"),
+        "{text}"
+    );
+    let each = text.lines().find_map(|line| line.strip_prefix("each is refused by itself: ")).unwrap_or_default();
+    for name in ["GT_EVTCHN", "GT_GRANT_TABLE", "GT_VCPU", "GT_CLOCK", "GT_XENSTORE", "GT_STREAM_CHECKSUM"] {
+        assert!(each.split(' ').any(|refused| refused == name), "{name}: {text}");
+    }
+    // A stream in which there is nothing to refuse.
+    let ordinary = judge("stock", &support::ordinary());
+    assert!(!ordinary.status.success(), "{ordinary:?}");
+}
+
 #[test]
 fn check_and_show_tell_good_from_bad() {
     let dir = tempfile::tempdir().unwrap();

@@ -18,6 +18,7 @@ pub mod host;
 pub mod link;
 mod precopy;
 pub mod preflight;
+mod recording;
 pub mod report;
 pub mod source;
 

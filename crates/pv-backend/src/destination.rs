@@ -11,7 +11,7 @@ use xenstore_client::{Access, Perm};
 use crate::device::{Class, Device};
 use crate::error::{Error, Refusal, Result, all};
 use crate::machine::Machine;
-use crate::source::{Limits, POLL, Patience, each, retire, run, wait_states};
+use crate::source::{Limits, POLL, Patience, closed, each, retire, run, wait_states};
 use crate::store::{Store, join};
 
 /// Nodes of a backend that belong to the host it runs on: left as this host's backends and scripts wrote them.
@@ -138,10 +138,11 @@ fn check_disk(machine: &dyn Machine, device: &Device, refuse: &mut dyn FnMut(Str
 pub fn prepare(machine: &dyn Machine, store: &mut dyn Store, devices: &[Device], limits: &Limits) -> Result<()> {
     let start = machine.now();
     for device in devices {
-        // Left-overs of an attempt before this one. The kernel drops a bus device some time after its area has gone, and
+        // Left-overs of an attempt before this one, and what was said of a guest that had this number before. The kernel drops a bus device some time after its area has gone, and
         // would not look at a new area of the same name before.
         store.remove(&device.backend)?;
         store.remove(&device.frontend)?;
+        store.remove(&device.error_area())?;
         while machine.is_present(&device.bus_id()) {
             if machine.now() - start >= limits.connect {
                 let (state, wanted) = ("left over".to_owned(), "gone".to_owned());
@@ -157,7 +158,7 @@ pub fn prepare(machine: &dyn Machine, store: &mut dyn Store, devices: &[Device],
             let state = store.text(&format!("{}/state", device.backend))?.unwrap_or_default();
             match state.as_str() {
                 "2" => break,
-                "5" | "6" => return Err(Error::Closed { device: device.bus_id(), state }),
+                "5" | "6" => return Err(closed(store, device, state)),
                 _ if machine.now() - start >= limits.connect => {
                     let wanted = "2".to_owned();
                     return Err(Error::Stuck { device: device.bus_id(), state, wanted, after: limits.connect });
@@ -267,12 +268,19 @@ fn make_areas(store: &mut dyn Store, device: &Device) -> Result<()> {
 /// wakes up to. Can be repeated.
 ///
 /// # Errors
-/// A backend closed itself or got stuck. The guest must not run then: [`abort`], and tell the source.
+/// A backend closed itself, failed or got stuck. The guest must not run then: [`abort`], and tell the source.
 pub fn connect(machine: &dyn Machine, store: &mut dyn Store, devices: &[Device], limits: &Limits) -> Result<()> {
     for device in devices {
         store.write(&join(&device.frontend, "state"), device.frontend_state.as_bytes())?;
     }
     wait_states(machine, store, devices, limits.connect)?;
+    // A netback that can't connect goes to state 5 and at once on to 4 as if it had (seen in Linux 6.1); what the kernel writes is true.
+    let mut errors = Vec::new();
+    for device in devices {
+        let why = store.text(&device.error_node())?;
+        errors.extend(why.map(|why| Error::Unconnected { device: device.bus_id(), why }));
+    }
+    all(errors)?;
     for device in devices.iter().filter(|device| device.class == Class::Vbd && device.connected()) {
         give_values(store, device, Writer::Connect)?;
     }

@@ -62,6 +62,16 @@ impl Device {
         format!("{}-{}-{}", self.class.name(), self.domid, self.devid)
     }
 
+    /// Where dom0's kernel writes what its backend has failed on.
+    pub fn error_area(&self) -> String {
+        format!("/local/domain/0/error/backend/{}/{}/{}", self.class.name(), self.domid, self.devid)
+    }
+
+    /// What dom0's kernel writes there: "22 guest requested 1 queues …".
+    pub fn error_node(&self) -> String {
+        format!("{}/error", self.error_area())
+    }
+
     /// A node of the backend.
     pub fn node(&self, name: &str) -> Option<&str> {
         self.nodes.get(name).map(String::as_str)

@@ -85,6 +85,14 @@ pub enum Error {
         /// 5 or 6.
         state: String,
     },
+    /// A backend has failed and dom0's kernel says why.
+    #[error("{device}: its backend does not connect; dom0's kernel says: {why}")]
+    Unconnected {
+        /// The device.
+        device: String,
+        /// In the kernel's words: an error number and a text.
+        why: String,
+    },
     /// A backend did not reach a state in time.
     #[error("{device}: its backend is in state {state} after {} ms, {wanted} is wanted", .after.as_millis())]
     Stuck {

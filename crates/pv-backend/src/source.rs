@@ -269,6 +269,15 @@ pub fn event_prefixes(inventory: &Inventory) -> Vec<String> {
     inventory.devices.iter().flat_map(|device| [device.frontend.clone(), device.backend.clone()]).collect()
 }
 
+/// A backend that has closed itself.
+pub(crate) fn closed(store: &mut dyn Store, device: &Device, state: String) -> Error {
+    // Why is an explanation only: without one the error is as true.
+    match store.text(&device.error_node()) {
+        Ok(Some(why)) => Error::Unconnected { device: device.bus_id(), why },
+        _ => Error::Closed { device: device.bus_id(), state },
+    }
+}
+
 /// Waits until every backend is in the state in which it was found.
 pub(crate) fn wait_states(
     machine: &dyn Machine,
@@ -287,7 +296,7 @@ pub(crate) fn wait_states(
                 break;
             }
             if state == "5" || state == "6" {
-                errors.push(Error::Closed { device: device.bus_id(), state });
+                errors.push(closed(store, device, state));
                 break;
             }
             if machine.now() - start >= limit {
@@ -350,14 +359,17 @@ pub fn retire(machine: &dyn Machine, store: &mut dyn Store, devices: &[Device], 
     .collect();
     for device in devices {
         // The kernel drops the bus device when its area goes.
-        for area in [&device.backend, &device.frontend] {
+        let error_area = device.error_area();
+        for area in [&device.backend, &device.frontend, &error_area] {
             errors.extend(store.remove(area).err());
         }
         // As libxl does, the guest's directory of that kind goes with its last device.
-        if let Some((parent, _)) = device.backend.rsplit_once('/')
-            && store.list(parent)?.is_some_and(|children| children.is_empty())
-        {
-            errors.extend(store.remove(parent).err());
+        for area in [&device.backend, &error_area] {
+            if let Some((parent, _)) = area.rsplit_once('/')
+                && store.list(parent)?.is_some_and(|children| children.is_empty())
+            {
+                errors.extend(store.remove(parent).err());
+            }
         }
     }
     all(errors)

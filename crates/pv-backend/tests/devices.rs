@@ -438,10 +438,23 @@ fn failures_on_the_destination_are_named_and_taken_back() {
     assert!(error.to_string().contains("multi-queue-max-queues 1 here, the guest uses 2"), "{error}");
     host.state.lock().unwrap().max_queues = 4;
 
+    // What another guest under this number has left.
+    host.put("/local/domain/0/error/backend/vif/7/0/error", "5 of old");
     prepare(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
+    assert_eq!(host.get("/local/domain/0/error/backend/vif/7/0/error"), None);
     host.state.lock().unwrap().closes.insert("vbd-7-51712".into());
     let error = connect(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap_err();
-    assert!(matches!(&error, Error::Closed { device, state } if device == "vbd-7-51712" && state == "5"), "{error}");
+    assert!(error.to_string().starts_with("vbd-7-51712: its backend does not connect"), "{error}");
+    assert!(error.to_string().contains("kernel says: 22 guest requested 1 queues"), "{error}");
+    retire(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
+    assert_eq!(host.get("/local/domain/0/error/backend/vbd/7/51712/error"), None);
+
+    // As netback does it: it says that it is connected.
+    host.state.lock().unwrap().closes = ["vif-7-0".to_owned()].into();
+    prepare(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
+    let error = connect(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap_err();
+    assert_eq!(host.get("/local/domain/0/backend/vif/7/0/state").as_deref(), Some("4"));
+    assert!(matches!(&error, Error::Unconnected { device, .. } if device == "vif-7-0"), "{error}");
     retire(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
     let mut left: Vec<_> = host.state.lock().unwrap().nodes.keys().cloned().collect();
     left.retain(|path| path.contains("backend/vbd/7") || path.contains("backend/vif/7") || path.ends_with("state"));

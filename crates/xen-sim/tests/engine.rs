@@ -209,7 +209,7 @@ impl Lab {
 
     fn request(&self) -> Request {
         let limits = Limits { downtime: Duration::from_secs(5), ..Limits::default() };
-        Request { domid: DOM, peer: "b".into(), limits }
+        Request { domid: DOM, peer: "b".into(), limits, record: None }
     }
 
     fn migrate(&self) -> Report {
@@ -344,6 +344,30 @@ fn there_and_back_again() {
 }
 
 #[test]
+fn a_recording_holds_what_was_sent() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stream");
+    let lab = Lab::new();
+    let recording = |lab: &Lab| Request { record: Some(path.clone()), ..lab.request() };
+    let report = report(&source::start(&lab.hosts[0], recording(&lab)).unwrap());
+    assert!(report.moved, "{:?}", report.error);
+    lab.settled_on(1);
+    let recorded = std::fs::read(&path).unwrap();
+    let written = lab.wire.1[0].lock().unwrap().written.clone();
+    let image = of_image(&frames(&written));
+    let sent: Vec<u8> = image.iter().flat_map(|(at, length, _)| &written[at + 8..at + 8 + length]).copied().collect();
+    assert!(recorded == sent, "{} bytes were recorded, {} were sent", recorded.len(), sent.len());
+    assert_eq!(recorded.len() as u64, report.bytes);
+
+    // What it holds is not written over, and a migration that was to do so touches nothing.
+    let lab = Lab::new();
+    let error = source::start(&lab.hosts[0], recording(&lab)).unwrap_err();
+    assert!(error.to_string().contains("remove it"), "{error}");
+    lab.settled_on(0);
+    assert!(std::fs::read(&path).unwrap() == recorded);
+}
+
+#[test]
 fn what_does_not_fit_is_refused_untouched() {
     type Change = fn(&Lab);
     let cases: [(&str, Change); 6] = [
@@ -456,21 +480,31 @@ fn idle(lab: &Lab) -> bool {
     lab.hosts.iter().all(|host| std::fs::read_dir(&host.journals).unwrap().next().is_none())
 }
 
-/// Offsets of every kind of place in what one side has written: within the greeting, and of each word and of the first, a
-/// middle and the last piece of the image, in the length, the kind, the padding, the payload's ends and middle, the CRC.
-fn places(written: &[u8]) -> Vec<usize> {
+/// Offset, length of the payload and kind of every frame in what one side has written, but for pings, which come at any time.
+fn frames(written: &[u8]) -> Vec<(usize, usize, u8)> {
     let mut frames = Vec::new();
     let mut at = 8;
     while at + 12 <= written.len() {
         let length = u32::from_le_bytes(written[at..at + 4].try_into().unwrap()) as usize;
-        // A ping comes at any time, so it has no place of its own.
         if written[at + 4] < 4 {
             frames.push((at, length, written[at + 4]));
         }
         at += length + 12;
     }
     assert_eq!(at, written.len(), "whole frames were written");
-    let image: Vec<_> = frames.iter().filter(|f| f.2 == 3).copied().collect();
+    frames
+}
+
+/// Those of `frames` that carry the image.
+fn of_image(frames: &[(usize, usize, u8)]) -> Vec<(usize, usize, u8)> {
+    frames.iter().filter(|f| f.2 == 3).copied().collect()
+}
+
+/// Offsets of every kind of place in what one side has written: within the greeting, and of each word and of the first, a
+/// middle and the last piece of the image, in the length, the kind, the padding, the payload's ends and middle, the CRC.
+fn places(written: &[u8]) -> Vec<usize> {
+    let frames = frames(written);
+    let image = of_image(&frames);
     let some = [0, image.len() / 2, image.len().saturating_sub(1)].map(|n| image.get(n).copied());
     let words = frames.into_iter().filter(|f| f.2 != 3);
     let mut places = vec![0, 7];

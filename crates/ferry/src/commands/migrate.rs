@@ -42,6 +42,10 @@ pub struct Args {
     /// Also write the report as JSON to this file (transparent mode only); it stays empty if there is none to write
     #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
     report: Option<PathBuf>,
+    /// Also write the stream, as it is sent, to this file on this host, for `ferry stream` (transparent mode only). It must not be there
+    /// yet, holds the guest's memory, and makes the blackout longer by the time that writing takes
+    #[arg(long, value_name = "FILE", conflicts_with = "dry_run")]
+    record: Option<PathBuf>,
     #[command(flatten)]
     config: ConfigArg,
     /// More arguments for `xl migrate` (cooperative mode only)
@@ -70,6 +74,11 @@ fn cooperative(args: &Args) -> Result<()> {
     if args.report.is_some() {
         return Err(refused("stock xl writes no report; give --mode transparent, or leave --report out"));
     }
+    if args.record.is_some() {
+        return Err(refused(
+            "of stock xl's stream nothing is recorded; give --mode transparent, or leave --record out (`xl save` writes such a file)",
+        ));
+    }
     let status = Command::new("xl")
         .arg("migrate")
         .args(&args.xl)
@@ -92,12 +101,15 @@ fn transparent(args: &Args, config: &Config) -> Result<()> {
     }
     // That it can't be written is said before anything is touched.
     let mut file = args.report.as_deref().map(create).transpose()?;
+    // The daemon makes it, and is in another folder.
+    let record = args.record.as_deref().map(std::path::absolute).transpose().context("--record")?;
     let request = Migrate {
         domain: args.domain.clone(),
         host: args.host.clone(),
         downtime_ms: args.downtime_limit,
         max_time_s: args.max_time,
         dry_run: args.dry_run,
+        record,
     };
     let mut client = Client::ask(&config.socket, &Request::Migrate(request))?;
     let mut line = Line::new();

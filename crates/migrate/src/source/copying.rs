@@ -157,13 +157,16 @@ impl Run {
         Ok(())
     }
 
-    /// Sends what the encoder holds.
+    /// Sends what the encoder holds, and records it if that was asked for.
     pub(super) fn flush(&mut self) -> Result<()> {
         let (bytes, crc) = (self.encoder.bytes(), self.encoder.crc());
         self.digest.add(crc, bytes.len());
         self.precopy.count_bytes(bytes.len() as u64);
         let link = self.link.as_ref().ok_or_else(|| Trouble::new("there is no connection"))?;
         link.stream(bytes, crc)?;
+        if let Some(recording) = &mut self.recording {
+            recording.add(bytes)?;
+        }
         self.encoder.clear();
         Ok(())
     }

@@ -21,6 +21,7 @@ use crate::host::Host;
 use crate::journal::Journal;
 use crate::link::Sender;
 use crate::precopy::{Limits, Precopy};
+use crate::recording::Recording;
 use crate::report::{Ending, Step, Timeline};
 use crate::toolstack::Description;
 use crate::trouble::{Doing, Result, Trouble};
@@ -31,6 +32,7 @@ use migration_stream::Encoder;
 use records::{Begin, Freeze};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, VecDeque};
+use std::path::PathBuf;
 use std::sync::mpsc;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -53,6 +55,9 @@ pub struct Request {
     /// The destination's address.
     pub peer: String,
     pub limits: Limits,
+    /// A file that is made for the image, as it is sent.
+    #[serde(default)]
+    pub record: Option<PathBuf>,
 }
 
 /// What the source says with `Go`.
@@ -96,9 +101,12 @@ pub fn start(host: &Host, request: Request) -> Result<Handle> {
     if !why.is_empty() {
         return Err(Trouble::new(why.join("; ")));
     }
+    let recording = request.record.as_deref().map(Recording::create).transpose()?;
     let id = Uuid::new_v4();
     let (machine, actions) = Source::begin();
-    Ok(spawn(host, Run::new(host, id, request.peer, request.limits, offer, guest, machine, actions)))
+    let mut run = Run::new(host, id, request.peer, request.limits, offer, guest, machine, actions);
+    run.recording = recording;
+    Ok(spawn(host, run))
 }
 
 /// Goes on with the migration that a journal tells of, after the daemon was started again.
@@ -175,6 +183,7 @@ struct Run {
     round_trip: Option<Duration>,
     waiting_since: Instant,
     encoder: Encoder,
+    recording: Option<Recording>,
     digest: Digest,
     precopy: Precopy,
     /// gfns that were sent with contents or as zero, and are there.
@@ -229,6 +238,7 @@ impl Run {
             round_trip: None,
             waiting_since: now,
             encoder: Encoder::new(),
+            recording: None,
             digest: Digest::default(),
             precopy: Precopy::default(),
             known: BTreeSet::new(),
