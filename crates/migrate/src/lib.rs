@@ -2,6 +2,7 @@
 
 pub mod capture;
 mod cpu;
+mod dirty_log;
 pub mod fault_points;
 pub mod guest;
 pub mod handshake;

@@ -680,3 +680,39 @@ fn a_page_that_cannot_be_read_is_not_taken_for_given_up() {
     assert!(report.error.unwrap().contains("its page 0x1f4 is there, but can't be read"));
     lab.settled_on(0);
 }
+
+/// Stock tools' hands in the log of its writes: looked at (`xl migrate`, a round of it), begun anew (its start), ended (its end, and that of
+/// `xl save`). Pages are lost from the copy, and Xen reports nothing.
+#[test]
+fn a_move_ends_when_others_use_the_log_of_its_writes() {
+    type Meddle = fn(&SimXen);
+    let meddle: [(&str, Meddle); 3] = [
+        ("looked at", |xen| {
+            xen.let_run(DOM);
+            xen.log_dirty_clean(DOM, &mut hypervisor::DirtyBitmap::new(1 << 18), false).map(drop).unwrap();
+        }),
+        ("begun anew", |xen| {
+            xen.let_run(DOM);
+            xen.log_dirty_disable(DOM).unwrap();
+            xen.log_dirty_enable(DOM).unwrap();
+        }),
+        ("ended", |xen| {
+            xen.log_dirty_disable(DOM).unwrap();
+            xen.let_run(DOM);
+        }),
+    ];
+    for (what, meddle) in meddle {
+        let lab = Lab::new();
+        let xen = lab.xen[0].clone();
+        // Between the last look of the copying and the pause.
+        let hook: Hook = ("source.before.freeze".into(), Box::new(move || meddle(&xen)));
+        *lab.planted.2.lock().unwrap() = Some(hook);
+        let report = lab.migrate();
+        assert!(!report.moved, "{what}");
+        let error = report.error.unwrap();
+        assert!(error.contains("the copy is not whole; is it being saved or migrated by xl?"), "{what}: {error}");
+        lab.settled_on(0);
+        let theirs = lab.xen[0].log_dirty_enable(DOM).is_err();
+        assert_eq!(theirs, what != "ended", "{what}: the others' log is left as it is");
+    }
+}

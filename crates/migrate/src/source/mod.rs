@@ -15,6 +15,7 @@ pub(crate) use acting::kebab;
 pub use handle::Handle;
 pub use offering::{ask, judge};
 
+use crate::dirty_log::DirtyLog;
 use crate::guest::{GuestState, Offer};
 use crate::handshake::{Denied, Source, SourceAction, SourceEvent, SourceRecord, SourceState};
 use crate::host::Host;
@@ -177,6 +178,7 @@ struct Run {
     encoder: Encoder,
     digest: Digest,
     precopy: Precopy,
+    dirty_log: DirtyLog,
     /// gfns that were sent with contents or as zero, and are there.
     known: BTreeSet<Gfn>,
     /// How much memory it had at the last look, and whether that was another amount than at the one before.
@@ -231,6 +233,7 @@ impl Run {
             encoder: Encoder::new(),
             digest: Digest::default(),
             precopy: Precopy::default(),
+            dirty_log: DirtyLog::default(),
             known: BTreeSet::new(),
             size,
             resized: false,
