@@ -8,6 +8,7 @@ pub mod guest;
 pub mod handshake;
 pub mod image;
 pub mod journal;
+mod own_fault;
 pub mod restore;
 pub mod toolstack;
 mod trouble;

@@ -419,12 +419,40 @@ fn any_fault_at_any_point_resolves() {
     points.dedup();
     assert!(points.len() >= 48, "only {} points: {points:#?}", points.len());
     for point in &points {
-        for fault in [Fault::Cut, Fault::Fail, Fault::Crash] {
+        for fault in [Fault::Cut, Fault::Fail, Fault::Crash, Fault::Panic] {
             // What is done after the act has no way to fail.
             if fault == Fault::Fail && point.contains(".after.") {
                 continue;
             }
             one_fault(point, fault);
+        }
+    }
+}
+
+/// A fault of our own in the worst places: the guest does not wait for somebody to start the daemon again.
+#[test]
+fn a_panic_does_not_leave_the_guest_paused() {
+    for (point, n) in [
+        ("source.before.send-offer", 0),
+        ("source.before.precopy", 0),
+        ("source.before.freeze", 0),
+        ("source.after.freeze", 0),
+        ("source.after.send-final", 0),
+        ("source.after.journal-go", 1),
+        ("source.before.destroy", 1),
+        ("destination.before.prepare", 0),
+        ("destination.before.restore", 0),
+        ("destination.after.journal-ready", 0),
+        ("destination.after.journal-accepted", 1),
+        ("destination.before.start", 1),
+    ] {
+        let lab = Lab::new();
+        *lab.planted.0.lock().unwrap() = Some((point.into(), Fault::Panic));
+        let report = lab.migrate();
+        assert_eq!(report.moved, n == 1, "{point}: {report:?}");
+        lab.settled_on(n);
+        if !report.moved && point.starts_with("source.") {
+            assert!(report.error.unwrap().contains(&format!("panic: planted at {point}")), "{point}");
         }
     }
 }
