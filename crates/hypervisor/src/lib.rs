@@ -150,6 +150,10 @@ pub trait Hypervisor: Send + Sync {
     /// The same without marking anything clean.
     fn log_dirty_peek(&self, dom: DomId, bitmap: &mut DirtyBitmap) -> Result<DirtyStats>;
 
+    /// Marks pages as the guest's writes do. **No error** if the marking is off: then nothing is marked, and as little is it an error
+    /// to look at the bitmap, which is all clean then. Pages that are no memory are passed over; the last gfn of the domain is refused.
+    fn log_dirty_mark(&self, dom: DomId, gfns: &[Gfn]) -> Result<()>;
+
     fn log_dirty_disable(&self, dom: DomId) -> Result<()>;
 
     // ---- vCPU and platform state ----

@@ -49,7 +49,7 @@ impl Point {
     /// What can happen here. What is done after an action has no way to fail.
     pub fn faults(&self) -> &'static [Fault] {
         if self.name.contains(".before.") {
-            &[Fault::Cut, Fault::Fail, Fault::Crash]
+            &[Fault::Cut, Fault::Fail, Fault::Crash, Fault::Panic]
         } else {
             &[Fault::Cut, Fault::Crash]
         }
@@ -133,7 +133,7 @@ impl fmt::Display for Plant {
 /// Why a text plants no fault.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlantError {
-    #[error("{0:?} is not <point>=<cut|fail|crash>")]
+    #[error("{0:?} is not <point>=<cut|fail|crash|panic>")]
     Form(String),
     #[error("{0}: there is no such point; docs/handshake.md lists them")]
     Point(String),
@@ -159,6 +159,7 @@ impl fmt::Display for Fault {
             Fault::Cut => "cut",
             Fault::Fail => "fail",
             Fault::Crash => "crash",
+            Fault::Panic => "panic",
         })
     }
 }
@@ -167,7 +168,7 @@ impl FromStr for Fault {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Fault, ()> {
-        [Fault::Cut, Fault::Fail, Fault::Crash].into_iter().find(|f| f.to_string() == text).ok_or(())
+        [Fault::Cut, Fault::Fail, Fault::Crash, Fault::Panic].into_iter().find(|f| f.to_string() == text).ok_or(())
     }
 }
 

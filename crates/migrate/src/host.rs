@@ -67,6 +67,8 @@ pub enum Fault {
     Fail,
     /// The daemon is gone: the migration's thread ends as if it had never been, whatever it was doing.
     Crash,
+    /// The migration's thread panics.
+    Panic,
 }
 
 /// Asked before and after every action of either machine; the points are listed in docs/handshake.md.

@@ -2,11 +2,13 @@
 
 pub mod capture;
 mod cpu;
+mod dirty_log;
 pub mod fault_points;
 pub mod guest;
 pub mod handshake;
 pub mod image;
 pub mod journal;
+mod own_fault;
 pub mod restore;
 pub mod toolstack;
 mod trouble;

@@ -13,6 +13,7 @@ abi_numbers! {
     HVM_OP: u64 = 34, "__HYPERVISOR_hvm_op";
     SYSCTL: u64 = 35, "__HYPERVISOR_sysctl";
     DOMCTL: u64 = 36, "__HYPERVISOR_domctl";
+    DM_OP: u64 = 41, "__HYPERVISOR_dm_op";
 
     /// Guests have ids below this.
     DOMID_FIRST_RESERVED: u16 = 0x7ff0;

@@ -8,6 +8,7 @@
 // zerocopy's derives make helper types, one for each field, that the lint cannot tell from ours when a macro declares the structure.
 #![allow(missing_debug_implementations)]
 
+pub mod dm_op;
 pub mod domctl;
 pub mod event;
 pub mod ext;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 use xen_abi::layout::StructLayout;
-use xen_abi::{domctl, event, grant, hvm_op, hvm_save, hypercall, memory, shared, sysctl, version, xenver};
+use xen_abi::{dm_op, domctl, event, grant, hvm_op, hvm_save, hypercall, memory, shared, sysctl, version, xenver};
 
 const INCLUDES: &str = "#define __XEN_TOOLS__ 1
 #define __XEN_INTERFACE_VERSION__ __XEN_LATEST_INTERFACE_VERSION__
@@ -26,6 +26,7 @@ const INCLUDES: &str = "#define __XEN_TOOLS__ 1
 #include <xen/event_channel.h>
 #include <xen/grant_table.h>
 #include <xen/hvm/hvm_op.h>
+#include <xen/hvm/dm_op.h>
 #include <xen/hvm/params.h>
 #include <xen/hvm/save.h>
 #include <xen/arch-x86/hvm/start_info.h>
@@ -147,6 +148,7 @@ fn every_number_size_and_offset_is_that_of_xens_headers() {
         sysctl::NUMBERS,
         memory::NUMBERS,
         hvm_op::NUMBERS,
+        dm_op::NUMBERS,
         hvm_save::NUMBERS,
         event::NUMBERS,
         grant::NUMBERS,
@@ -161,6 +163,7 @@ fn every_number_size_and_offset_is_that_of_xens_headers() {
         sysctl::LAYOUTS,
         memory::LAYOUTS,
         hvm_op::LAYOUTS,
+        dm_op::LAYOUTS,
         hvm_save::LAYOUTS,
         event::LAYOUTS,
         grant::LAYOUTS,
@@ -211,6 +214,7 @@ fn what_4_20_changed_is_that_of_its_headers() {
         sysctl::NUMBERS,
         memory::NUMBERS,
         hvm_op::NUMBERS,
+        dm_op::NUMBERS,
         hvm_save::NUMBERS,
         event::NUMBERS,
         grant::NUMBERS,
@@ -227,6 +231,7 @@ fn what_4_20_changed_is_that_of_its_headers() {
         sysctl::LAYOUTS,
         memory::LAYOUTS,
         hvm_op::LAYOUTS,
+        dm_op::LAYOUTS,
         hvm_save::LAYOUTS,
         event::LAYOUTS,
         grant::LAYOUTS,

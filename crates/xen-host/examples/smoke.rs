@@ -132,6 +132,10 @@ fn log_dirty(h: &XenHost, dom: DomId) -> Outcome {
             println!("  round {round}: {stats:?}, {bitmap:?}");
         }
         h.log_dirty_peek(dom, &mut bitmap)?;
+        let clean = h.ram_gfns(dom)?.into_iter().rev().find(|gfn| !bitmap.contains(*gfn)).unwrap_or(Gfn(1));
+        timed("log-dirty mark", || h.log_dirty_mark(dom, &[clean]))?;
+        h.log_dirty_peek(dom, &mut bitmap)?;
+        need("a page that was marked is dirty", bitmap.contains(clean))?;
         h.pause(dom)?;
         h.log_dirty_clean(dom, &mut bitmap, true)?;
         let stats = h.log_dirty_clean(dom, &mut bitmap, true)?;

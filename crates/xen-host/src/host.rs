@@ -1,6 +1,7 @@
 //! The host itself, and the implementation of the trait: each operation is in the module of its subject.
 
 use crate::Privcmd;
+use crate::memory::MARK_BATCH;
 use hypervisor::*;
 use std::collections::BTreeSet;
 use xen_abi::version::{INTERFACES, Interface};
@@ -366,6 +367,10 @@ impl Hypervisor for XenHost {
 
     fn log_dirty_peek(&self, dom: DomId, bitmap: &mut DirtyBitmap) -> Result<DirtyStats> {
         self.shadow_op(dom, domctl::SHADOW_OP_PEEK, 0, Some(bitmap))
+    }
+
+    fn log_dirty_mark(&self, dom: DomId, gfns: &[Gfn]) -> Result<()> {
+        gfns.chunks(MARK_BATCH).try_for_each(|batch| self.modified_memory(dom, batch))
     }
 
     fn log_dirty_disable(&self, dom: DomId) -> Result<()> {

@@ -2,13 +2,18 @@
 
 use crate::XenHost;
 use hypervisor::*;
-use xen_abi::{domctl, event, grant, hypercall, memory};
+use xen_abi::{dm_op, domctl, event, grant, hypercall, memory};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// gfns in one hypercall: what XEN_DOMCTL_getpageframeinfo3 takes at most, and a sensible size for the others.
 const BATCH: usize = 1024;
 /// Frames of a resource that Xen hands out in one step.
 const RESOURCE_BATCH: u32 = 32;
+
+/// Where the operation and the extents of XEN_DMOP_modified_memory lie in its page, and how many extents have room.
+const MARK_OPERATION: usize = 64;
+const MARK_EXTENTS: usize = 128;
+pub(crate) const MARK_BATCH: usize = (PAGE_SIZE - MARK_EXTENTS) / size_of::<dm_op::ModifiedExtent>();
 
 impl XenHost {
     fn memory_op<P: FromBytes + IntoBytes + Immutable>(
@@ -213,6 +218,28 @@ impl XenHost {
             fault_count: shadow.stats.fault_count,
             dirty_count: shadow.stats.dirty_count,
         })
+    }
+
+    /// XEN_DMOP_modified_memory, for at most [`MARK_BATCH`] pages.
+    pub(crate) fn modified_memory(&self, dom: DomId, gfns: &[Gfn]) -> Result<()> {
+        const NAME: &str = "XEN_DMOP_modified_memory";
+        // One page holds all: the two descriptors, the operation, the extents.
+        let mut buffer = self.privcmd.buffer(PAGE_SIZE)?;
+        let operation = 8 + size_of::<dm_op::ModifiedMemory>();
+        let addr = buffer.addr();
+        buffer.put(0, &dm_op::Buf { h: addr + MARK_OPERATION as u64, size: operation as u64 });
+        let extents = gfns.len() * size_of::<dm_op::ModifiedExtent>();
+        buffer.put(size_of::<dm_op::Buf>(), &dm_op::Buf { h: addr + MARK_EXTENTS as u64, size: extents as u64 });
+        buffer.put(MARK_OPERATION, &dm_op::MODIFIED_MEMORY);
+        buffer.put(MARK_OPERATION + 4, &0u32);
+        buffer.put(MARK_OPERATION + 8, &dm_op::ModifiedMemory { nr_extents: gfns.len() as u32, opaque: 0 });
+        for (n, gfn) in gfns.iter().enumerate() {
+            let extent = dm_op::ModifiedExtent { nr: 1, first_pfn: gfn.0, ..Default::default() };
+            buffer.put(MARK_EXTENTS + n * size_of::<dm_op::ModifiedExtent>(), &extent);
+        }
+        // SAFETY: both descriptors point into `buffer`, held mutably, and cover no more than was put there.
+        let r = unsafe { self.privcmd.hypercall(hypercall::DM_OP, [dom.0.into(), 2, addr, 0, 0]) };
+        r.map(drop).map_err(|e| HypervisorError::errno(NAME, dom, e))
     }
 
     // ---- event channels ----

@@ -574,7 +574,8 @@ impl Hypervisor for SimXen {
     fn log_dirty_clean(&self, dom: DomId, bitmap: &mut DirtyBitmap, _last: bool) -> Result<DirtyStats> {
         self.with("XEN_DOMCTL_shadow_op", dom, |d| {
             d.run();
-            let dirty = d.dirty.replace(BTreeSet::new()).ok_or(Errno::EINVAL)?;
+            // As in Xen: when it is off, all is clean, and nobody says so.
+            let dirty = d.dirty.as_mut().map(std::mem::take).unwrap_or_default();
             bitmap.clear();
             dirty.iter().for_each(|gfn| bitmap.insert(*gfn));
             Ok(DirtyStats { pages: bitmap.pages(), fault_count: 0, dirty_count: dirty.len() as u32 })
@@ -583,10 +584,22 @@ impl Hypervisor for SimXen {
 
     fn log_dirty_peek(&self, dom: DomId, bitmap: &mut DirtyBitmap) -> Result<DirtyStats> {
         self.with("XEN_DOMCTL_shadow_op", dom, |d| {
-            let dirty = d.dirty.as_ref().ok_or(Errno::EINVAL)?;
             bitmap.clear();
-            dirty.iter().for_each(|gfn| bitmap.insert(*gfn));
+            d.dirty.iter().flatten().for_each(|gfn| bitmap.insert(*gfn));
             Ok(DirtyStats::default())
+        })
+    }
+
+    fn log_dirty_mark(&self, dom: DomId, gfns: &[Gfn]) -> Result<()> {
+        self.with("XEN_DMOP_modified_memory", dom, |d| {
+            let last = d.pages.keys().chain(d.placed.keys()).max().copied().unwrap_or(Gfn(0));
+            if gfns.iter().any(|gfn| *gfn >= last) {
+                return Err(Errno::EINVAL);
+            }
+            if let Some(dirty) = &mut d.dirty {
+                dirty.extend(gfns.iter().filter(|gfn| d.pages.contains_key(gfn)));
+            }
+            Ok(())
         })
     }
 

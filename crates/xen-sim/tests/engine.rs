@@ -443,12 +443,40 @@ fn any_fault_at_any_point_resolves() {
     points.dedup();
     assert!(points.len() >= 48, "only {} points: {points:#?}", points.len());
     for point in &points {
-        for fault in [Fault::Cut, Fault::Fail, Fault::Crash] {
+        for fault in [Fault::Cut, Fault::Fail, Fault::Crash, Fault::Panic] {
             // What is done after the act has no way to fail.
             if fault == Fault::Fail && point.contains(".after.") {
                 continue;
             }
             one_fault(point, fault);
+        }
+    }
+}
+
+/// A fault of our own in the worst places: the guest does not wait for somebody to start the daemon again.
+#[test]
+fn a_panic_does_not_leave_the_guest_paused() {
+    for (point, n) in [
+        ("source.before.send-offer", 0),
+        ("source.before.precopy", 0),
+        ("source.before.freeze", 0),
+        ("source.after.freeze", 0),
+        ("source.after.send-final", 0),
+        ("source.after.journal-go", 1),
+        ("source.before.destroy", 1),
+        ("destination.before.prepare", 0),
+        ("destination.before.restore", 0),
+        ("destination.after.journal-ready", 0),
+        ("destination.after.journal-accepted", 1),
+        ("destination.before.start", 1),
+    ] {
+        let lab = Lab::new();
+        *lab.planted.0.lock().unwrap() = Some((point.into(), Fault::Panic));
+        let report = lab.migrate();
+        assert_eq!(report.moved, n == 1, "{point}: {report:?}");
+        lab.settled_on(n);
+        if !report.moved && point.starts_with("source.") {
+            assert!(report.error.unwrap().contains(&format!("panic: planted at {point}")), "{point}");
         }
     }
 }
@@ -729,4 +757,40 @@ fn memory_that_is_populated_on_demand_is_refused_and_left_alone() {
     lab.xen[0].page_types(DOM, &pages).unwrap();
     assert!(lab.migrate().moved);
     lab.settled_on(1);
+}
+
+/// Stock tools' hands in the log of its writes: looked at (`xl migrate`, a round of it), begun anew (its start), ended (its end, and that of
+/// `xl save`). Pages are lost from the copy, and Xen reports nothing.
+#[test]
+fn a_move_ends_when_others_use_the_log_of_its_writes() {
+    type Meddle = fn(&SimXen);
+    let meddle: [(&str, Meddle); 3] = [
+        ("looked at", |xen| {
+            xen.let_run(DOM);
+            xen.log_dirty_clean(DOM, &mut hypervisor::DirtyBitmap::new(1 << 18), false).map(drop).unwrap();
+        }),
+        ("begun anew", |xen| {
+            xen.let_run(DOM);
+            xen.log_dirty_disable(DOM).unwrap();
+            xen.log_dirty_enable(DOM).unwrap();
+        }),
+        ("ended", |xen| {
+            xen.log_dirty_disable(DOM).unwrap();
+            xen.let_run(DOM);
+        }),
+    ];
+    for (what, meddle) in meddle {
+        let lab = Lab::new();
+        let xen = lab.xen[0].clone();
+        // Between the last look of the copying and the pause.
+        let hook: Hook = ("source.before.freeze".into(), Box::new(move || meddle(&xen)));
+        *lab.planted.2.lock().unwrap() = Some(hook);
+        let report = lab.migrate();
+        assert!(!report.moved, "{what}");
+        let error = report.error.unwrap();
+        assert!(error.contains("the copy is not whole; is it being saved or migrated by xl?"), "{what}: {error}");
+        lab.settled_on(0);
+        let theirs = lab.xen[0].log_dirty_enable(DOM).is_err();
+        assert_eq!(theirs, what != "ended", "{what}: the others' log is left as it is");
+    }
 }

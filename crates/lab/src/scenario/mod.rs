@@ -461,7 +461,7 @@ pub struct Kill {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Ferryd {
     pub on: Spanned<String>,
-    /// Planted in it, as `<point>=<cut|fail|crash>`; gone when it is started again.
+    /// Planted in it, as `<point>=<cut|fail|crash|panic>`; gone when it is started again.
     #[serde(default)]
     pub faults: Vec<String>,
     /// It is started again when it ends.
@@ -474,7 +474,7 @@ pub struct Ferryd {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct FaultStep {
     pub guest: Spanned<String>,
-    /// As `<point>=<cut|fail|crash>`; each must come to pass.
+    /// As `<point>=<cut|fail|crash|panic>`; each must come to pass.
     pub faults: Spanned<Vec<String>>,
     /// The destination's preflight refuses the guest: its name is taken there.
     #[serde(default)]

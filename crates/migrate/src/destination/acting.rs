@@ -51,6 +51,7 @@ impl Run {
         match self.host.faults.at(point) {
             None => Ok(false),
             Some(Fault::Crash) => Err(Crashed),
+            Some(Fault::Panic) => panic!("planted at {point}"),
             Some(Fault::Fail) => Ok(true),
             Some(Fault::Cut) => {
                 self.lose_link();

@@ -18,10 +18,11 @@ use crate::host::Host;
 use crate::image::Reader;
 use crate::journal::{Journal, RecordKind, Role};
 use crate::link::Sender;
+use crate::own_fault;
 use crate::report::{Place, Timeline};
 use crate::restore::Away;
 use crate::toolstack::Luggage;
-use crate::trouble::{Doing, Result};
+use crate::trouble::{Doing, Result, Trouble};
 use crate::wire::{Digest, Piece, Said};
 use hypervisor::{DomId, Gfn};
 use records::{Begin, Kept};
@@ -79,29 +80,9 @@ impl Destinations {
 
     /// Goes on with the migration that a journal tells of, after the daemon was started again.
     pub fn recover(&self, journal: Journal<DestinationRecord>) -> Result<()> {
-        let last = match journal.last() {
-            None | Some(DestinationRecord::Closed) => return Ok(journal.delete()?),
-            Some(last) => last,
-        };
-        let (machine, actions) = Destination::recover(last);
-        let read = |what: DestinationRecord| journal.payload(what).unwrap_or_default();
-        let begin: Begin = serde_json::from_slice(read(DestinationRecord::Begin))
-            .doing(format!("journal {}: read its first record", journal.path().display()))?;
-        let mut run = Run::new(&self.host, journal.id(), machine, actions);
-        run.see(&begin.offer);
-        run.shell_is_ours = begin.shell_is_ours;
-        run.offer = Some(begin.offer);
-        if let Some(payload) = journal.payload(DestinationRecord::Ready) {
-            let kept: Kept = serde_json::from_slice(payload)
-                .doing(format!("journal {}: read what was restored", journal.path().display()))?;
-            run.away = kept.away;
-            run.restored = Some((kept.state, kept.luggage));
+        if let Some(run) = recovered(&self.host, journal)? {
+            self.spawn(run);
         }
-        if let Some(away) = journal.payload(DestinationRecord::Accepted).and_then(|p| serde_json::from_slice(p).ok()) {
-            run.away = away;
-        }
-        run.journal = Some(journal);
-        self.spawn(run);
         Ok(())
     }
 
@@ -114,7 +95,7 @@ impl Destinations {
         let running = self.running.clone();
         let name = format!("into-{}", self.host.name);
         let spawned = std::thread::Builder::new().name(name).spawn(move || {
-            run.run();
+            run.run_whatever_happens();
             running.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
         });
         if let Err(error) = spawned {
@@ -136,6 +117,36 @@ impl Destinations {
         tx.send(Input::Operator(peer_fenced, answer)).map_err(|_| Denied::NothingToResolve)?;
         answered.recv().unwrap_or(Err(Denied::NothingToResolve))
     }
+}
+
+/// `None`: nothing is left to do.
+fn recovered(host: &Host, journal: Journal<DestinationRecord>) -> Result<Option<Run>> {
+    let last = match journal.last() {
+        None | Some(DestinationRecord::Closed) => {
+            journal.delete()?;
+            return Ok(None);
+        }
+        Some(last) => last,
+    };
+    let (machine, actions) = Destination::recover(last);
+    let read = |what: DestinationRecord| journal.payload(what).unwrap_or_default();
+    let begin: Begin = serde_json::from_slice(read(DestinationRecord::Begin))
+        .doing(format!("journal {}: read its first record", journal.path().display()))?;
+    let mut run = Run::new(host, journal.id(), machine, actions);
+    run.see(&begin.offer);
+    run.shell_is_ours = begin.shell_is_ours;
+    run.offer = Some(begin.offer);
+    if let Some(payload) = journal.payload(DestinationRecord::Ready) {
+        let kept: Kept = serde_json::from_slice(payload)
+            .doing(format!("journal {}: read what was restored", journal.path().display()))?;
+        run.away = kept.away;
+        run.restored = Some((kept.state, kept.luggage));
+    }
+    if let Some(away) = journal.payload(DestinationRecord::Accepted).and_then(|p| serde_json::from_slice(p).ok()) {
+        run.away = away;
+    }
+    run.journal = Some(journal);
+    Ok(Some(run))
 }
 
 struct Crashed;
@@ -217,6 +228,37 @@ impl Run {
 
     fn show(&self, change: impl FnOnce(&mut Incoming)) {
         change(&mut self.incoming.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// After a panic it goes on from the journal, as after a restart of the daemon.
+    fn run_whatever_happens(mut self) {
+        let mut again = false;
+        while let Err(what) = own_fault::caught(|| self.run()) {
+            let why = own_fault::explained(&what);
+            tracing::error!("{}: {why}; going on from its journal", self.title());
+            // The source comes again and asks.
+            if let Some(link) = self.link.take() {
+                link.close();
+            }
+            let host = self.host.clone();
+            if std::mem::replace(&mut again, true) {
+                // The same over and over: not too fast.
+                std::thread::sleep(host.timeouts.reconnect);
+            }
+            let journal = self.journal.take().map(|journal| Journal::open(journal.path())).transpose();
+            match journal
+                .map_err(Trouble::from)
+                .map(Option::flatten)
+                .and_then(|j| Ok(j.map(|j| recovered(&host, j)).transpose()?.flatten()))
+            {
+                Ok(Some(next)) => {
+                    let Run { crashed, incoming, input, input_tx, .. } = self;
+                    self = Run { crashed, incoming, input, input_tx, why: vec![why], ..next };
+                }
+                Ok(None) => return,
+                Err(error) => return tracing::error!("{}: {error}", self.title()),
+            }
+        }
     }
 
     fn run(&mut self) {

@@ -57,6 +57,7 @@ impl Run {
         match self.host.faults.at(point) {
             None => Ok(false),
             Some(Fault::Crash) => Err(Crashed),
+            Some(Fault::Panic) => panic!("planted at {point}"),
             Some(Fault::Fail) => Ok(true),
             Some(Fault::Cut) => {
                 self.lost("planted fault".into());

@@ -54,7 +54,7 @@ impl Run {
         self.mark("drain the backends");
 
         let mut bitmap = self.bitmap()?;
-        hv.log_dirty_clean(dom, &mut bitmap, true)?;
+        self.dirty_log.look(&*hv, dom, &mut bitmap, true)?;
         bitmap.union(&self.precopy.left_over);
         let mut state = capture::state(&*hv, dom, before.guest_now_ns(), self.paused_at_ns)?;
         state.gt.watchdogs = before.watchdogs;

@@ -20,11 +20,7 @@ impl Run {
     pub(super) fn precopy(&mut self) -> Result<()> {
         let hv = self.host.hypervisor.clone();
         let dom = self.dom();
-        if hv.log_dirty_enable(dom).is_err() {
-            // Left on by a daemon that was killed, or by stock tools that were.
-            hv.log_dirty_disable(dom)?;
-            hv.log_dirty_enable(dom).doing("watch which pages the guest writes to")?;
-        }
+        self.dirty_log.start(&*hv, dom, &self.offer.shell.ram)?;
         let offer = self.offer.clone();
         image::write_head(&mut self.encoder, &offer);
         let mut todo: Vec<Gfn> = gfns(&offer.shell.ram).collect();
@@ -36,7 +32,7 @@ impl Run {
             self.send_pages(&todo)?;
             self.flush()?;
             let mut bitmap = self.bitmap()?;
-            hv.log_dirty_clean(dom, &mut bitmap, false)?;
+            self.dirty_log.look(&*hv, dom, &mut bitmap, false)?;
             let judgement = self.precopy.end_round(bitmap.count());
             let (dirty_rate, expected) = (self.precopy.dirty_rate(), self.precopy.expected_blackout());
             self.progress(|p| {

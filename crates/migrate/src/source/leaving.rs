@@ -10,7 +10,7 @@ impl Run {
     pub(super) fn roll_back(&mut self) -> Result<()> {
         let hv = self.host.hypervisor.clone();
         let dom = self.dom();
-        if let Err(error) = hv.log_dirty_disable(dom) {
+        if let Err(error) = self.dirty_log.stop(&*hv, dom) {
             // Off already, or the guest is gone.
             tracing::debug!("{}: {error}", self.title());
         }

@@ -15,11 +15,13 @@ pub(crate) use acting::kebab;
 pub use handle::Handle;
 pub use offering::{ask, judge};
 
+use crate::dirty_log::DirtyLog;
 use crate::guest::{GuestState, Offer};
-use crate::handshake::{Denied, Source, SourceAction, SourceEvent, SourceRecord, SourceState};
+use crate::handshake::{Denied, Outcome, Source, SourceAction, SourceEvent, SourceRecord, SourceState};
 use crate::host::Host;
 use crate::journal::Journal;
 use crate::link::Sender;
+use crate::own_fault;
 use crate::precopy::{Limits, Precopy};
 use crate::recording::Recording;
 use crate::report::{Ending, Step, Timeline};
@@ -111,6 +113,11 @@ pub fn start(host: &Host, request: Request) -> Result<Handle> {
 
 /// Goes on with the migration that a journal tells of, after the daemon was started again.
 pub fn recover(host: &Host, journal: Journal<SourceRecord>) -> Result<Option<Handle>> {
+    Ok(recovered(host, journal)?.map(|run| spawn(host, run)))
+}
+
+/// `None`: nothing is left to do.
+fn recovered(host: &Host, journal: Journal<SourceRecord>) -> Result<Option<Run>> {
     let Some(last) = journal.last() else {
         journal.delete()?;
         return Ok(None);
@@ -134,10 +141,10 @@ pub fn recover(host: &Host, journal: Journal<SourceRecord>) -> Result<Option<Han
     run.recovered = true;
     run.connected = true;
     run.journal = Some(journal);
-    Ok(Some(spawn(host, run)))
+    Ok(Some(run))
 }
 
-fn spawn(host: &Host, mut run: Run) -> Handle {
+fn spawn(host: &Host, run: Run) -> Handle {
     let handle = Handle {
         id: run.id,
         domid: run.guest.identity.domid,
@@ -148,7 +155,7 @@ fn spawn(host: &Host, mut run: Run) -> Handle {
     };
     let name = format!("{}-to-{}", host.name, run.peer);
     // A daemon that can't make a thread can't do anything else either.
-    let spawned = std::thread::Builder::new().name(name).spawn(move || run.run());
+    let spawned = std::thread::Builder::new().name(name).spawn(move || run.run_whatever_happens());
     if let Err(error) = spawned {
         tracing::error!("no thread for a migration: {error}");
     }
@@ -186,6 +193,7 @@ struct Run {
     recording: Option<Recording>,
     digest: Digest,
     precopy: Precopy,
+    dirty_log: DirtyLog,
     /// gfns that were sent with contents or as zero, and are there.
     known: BTreeSet<Gfn>,
     /// How much memory it had at the last look, and whether that was another amount than at the one before.
@@ -241,6 +249,7 @@ impl Run {
             recording: None,
             digest: Digest::default(),
             precopy: Precopy::default(),
+            dirty_log: DirtyLog::default(),
             known: BTreeSet::new(),
             size,
             resized: false,
@@ -259,6 +268,51 @@ impl Run {
 
     fn title(&self) -> String {
         format!("domain {} ({})", self.guest.identity.name, self.dom())
+    }
+
+    /// After a panic it goes on from the journal, as after a restart of the daemon.
+    fn run_whatever_happens(mut self) {
+        let mut again = false;
+        while let Err(what) = own_fault::caught(|| self.run()) {
+            let why = own_fault::explained(&what);
+            tracing::error!("{}: {why}; going on from its journal", self.title());
+            self.drop_link();
+            self.why = Some(why);
+            let host = self.host.clone();
+            if std::mem::replace(&mut again, true) {
+                // The same over and over: not too fast.
+                std::thread::sleep(host.timeouts.reconnect);
+            }
+            let journal = self.journal.take().map(|journal| Journal::open(journal.path())).transpose();
+            match journal
+                .map_err(Trouble::from)
+                .map(Option::flatten)
+                .and_then(|j| Ok(j.map(|j| recovered(&host, j)).transpose()?.flatten()))
+            {
+                Ok(Some(next)) => {
+                    let Run { shared, input, input_tx, timeline, started, why, .. } = self;
+                    self = Run { shared, input, input_tx, timeline, started, why, ..next };
+                }
+                Ok(None) => return self.end_without_journal(),
+                Err(error) => {
+                    tracing::error!("{}: {error}", self.title());
+                    self.why = self.why.map(|why| format!("{why}; and its journal can't be gone on with: {error}"));
+                    return self.report_once();
+                }
+            }
+        }
+    }
+
+    /// Nothing was begun that is not over.
+    fn end_without_journal(&mut self) {
+        self.report_once();
+        *self.shared.state.lock().unwrap_or_else(PoisonError::into_inner) = Some(SourceState::Closed(Outcome::Stayed));
+    }
+
+    fn report_once(&mut self) {
+        if self.shared.report.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
+            self.report(Outcome::Stayed);
+        }
     }
 
     fn run(&mut self) {
