@@ -26,6 +26,9 @@ use xenstore_client::{Access, Client, Errno, Nodes, Perm};
 /// A frame that is lost does no harm if the announcement comes again after this.
 const ANNOUNCE_AGAIN: Duration = Duration::from_millis(100);
 
+/// Where libxl keeps the names of CPU pools.
+const POOLS: &str = "/local/pool";
+
 /// dom0 of this host.
 pub struct ServiceDomain {
     hypervisor: Arc<dyn Hypervisor>,
@@ -171,6 +174,21 @@ impl Toolstack for ServiceDomain {
             devices: devices.collect(),
             details: serde_json::to_value(Details { inventory, disks })?,
         })
+    }
+
+    fn pool_name(&self, id: u32) -> Result<Option<String>> {
+        store()?.text(&format!("{POOLS}/{id}/name")).doing("read its CPU pool's name")
+    }
+
+    fn pool_named(&self, name: &str) -> Result<Option<u32>> {
+        let mut store = store()?;
+        for id in store.list(POOLS).doing("list CPU pools")?.unwrap_or_default() {
+            let found = store.text(&format!("{POOLS}/{id}/name")).doing("read a CPU pool's name")?;
+            if found.as_deref() == Some(name) {
+                return Ok(id.parse().ok());
+            }
+        }
+        Ok(None)
     }
 
     fn freeze(&self, guest: &Description) -> Result<()> {

@@ -10,6 +10,7 @@ use crate::host::{Fault, Host};
 use crate::image::{Pages, Reader};
 use crate::journal::{Journal, RecordKind, Role};
 use crate::link::{Link, Sender};
+use crate::placement;
 use crate::preflight;
 use crate::report::{Place, Timeline};
 use crate::restore::{self, Away, PAUSES};
@@ -232,7 +233,8 @@ impl Destinations {
             let Some(DestinationAction::Send(word)) = actions.into_iter().next() else { return };
             (word, "this host knows nothing of this migration, so it will never run here")
         };
-        let details = serde_json::to_value(WhyDetails { why: vec![why.into()] }).unwrap_or_default();
+        let details =
+            serde_json::to_value(WhyDetails { why: vec![why.into()], warnings: Vec::new() }).unwrap_or_default();
         if let Err(error) = sender.send(&Frame::ToSource(Said { id: said.id, word, details })) {
             tracing::info!("answer about an unknown migration: {error}");
         }
@@ -263,6 +265,7 @@ struct Run {
     blackout_ns: u64,
     timeline: Timeline,
     why: Vec<String>,
+    warnings: Vec<String>,
 }
 
 impl Run {
@@ -298,6 +301,7 @@ impl Run {
             blackout_ns: 0,
             timeline: Timeline::start(Place::Destination),
             why: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 
@@ -612,13 +616,15 @@ impl Run {
 
     fn say(&mut self, word: ToSource) {
         let details = match word {
-            ToSource::Refuse | ToSource::Returned => serde_json::to_value(WhyDetails { why: self.why.clone() }),
+            ToSource::Accept | ToSource::Refuse | ToSource::Returned => {
+                serde_json::to_value(WhyDetails { why: self.why.clone(), warnings: self.warnings.clone() })
+            }
             ToSource::Ready | ToSource::Running => {
                 let digest = self.digest.value();
                 let blackout_us = self.blackout_ns / 1000;
                 serde_json::to_value(StepsDetails { steps: self.timeline.steps().to_vec(), digest, blackout_us })
             }
-            ToSource::Accept | ToSource::Bye => Ok(serde_json::Value::Null),
+            ToSource::Bye => Ok(serde_json::Value::Null),
         };
         let said = Said { id: self.id, word, details: details.unwrap_or_default() };
         let Some(link) = &self.link else { return };
@@ -646,6 +652,9 @@ impl Run {
     fn try_prepare(&mut self) -> Result<Option<Vec<String>>> {
         let offer = self.offer.clone().ok_or_else(|| Trouble::new("there is no offer"))?;
         let why = preflight::destination(&self.host, &offer)?;
+        let plan = placement::plan(&self.host, &offer).doing("see where it may run here")?;
+        self.warnings = preflight::remarks(&self.host.hypervisor.host_info()?, &offer);
+        self.warnings.extend(plan.warnings.iter().cloned());
         if !why.is_empty() || offer.dry_run {
             return Ok(Some(why));
         }
@@ -654,7 +663,7 @@ impl Run {
         self.shell_is_ours = true;
         let begin = self.begin()?;
         self.append(DestinationRecord::Begin, &begin)?;
-        if let Err(error) = restore::make_shell(&*self.host.hypervisor, dom, &offer.shell) {
+        if let Err(error) = restore::make_shell(&*self.host.hypervisor, dom, &offer.shell, plan.pool) {
             // Somebody else was quicker.
             if let Ok(info) = self.host.hypervisor.domain_info(dom)
                 && info.uuid != offer.identity.uuid
@@ -663,6 +672,7 @@ impl Run {
             }
             return Err(error);
         }
+        self.warnings.extend(placement::apply(&*self.host.hypervisor, dom, &plan));
         self.populated = crate::guest::gfns(&offer.shell.ram).collect();
         self.host.toolstack.prepare(&offer).doing("make its nodes and devices")?;
         Ok(None)

@@ -7,6 +7,7 @@ pub mod guest;
 pub mod handshake;
 pub mod image;
 pub mod journal;
+pub mod placement;
 pub mod restore;
 pub mod toolstack;
 mod trouble;

@@ -9,6 +9,7 @@ use crate::host::{Fault, Host};
 use crate::image;
 use crate::journal::Journal;
 use crate::link::Sender;
+use crate::placement;
 use crate::precopy::{Judgement, Limits, Precopy};
 use crate::preflight;
 use crate::report::{Ending, Phase, Place, Progress, Report, Step, Timeline, millis};
@@ -79,11 +80,14 @@ pub struct StepsDetails {
     pub blackout_us: u64,
 }
 
-/// What the destination says with `Refuse` and `Returned`.
+/// What the destination says with `Accept`, `Refuse` and `Returned`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct WhyDetails {
     #[serde(default)]
     pub why: Vec<String>,
+    /// What will not be as it was, and is no reason to refuse.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// What reaches the migration's thread.
@@ -171,6 +175,7 @@ pub fn judge(host: &Host, dom: DomId, limits: &Limits) -> Result<(Offer, Descrip
         build_id: here.build_id.clone(),
         extension_abi: extension.abi_version,
         shell: capture::shell(hv, &info, &gt, &ram)?,
+        placement: placement::capture(hv, &*host.toolstack, &info).doing("read where it may run")?,
         devices: guest.devices.clone(),
         toolstack: guest.details.clone(),
         downtime_limit_ms: millis(limits.downtime),
@@ -179,8 +184,8 @@ pub fn judge(host: &Host, dom: DomId, limits: &Limits) -> Result<(Offer, Descrip
     Ok((offer, guest, why))
 }
 
-/// Asks the destination what it would say to an offer: why not, or nothing. Nothing is made there.
-pub fn ask(host: &Host, peer: &str, offer: &Offer) -> Result<Vec<String>> {
+/// Asks the destination what it would say to an offer: why not, or nothing, and what would not be as it was. Nothing is made there.
+pub fn ask(host: &Host, peer: &str, offer: &Offer) -> Result<WhyDetails> {
     let link = host.connector.connect(peer).map_err(|e| unreachable_peer(peer, e))?;
     let (sender, mut receiver) = link.greet().doing(format!("talk to {peer}"))?;
     let details = serde_json::to_value(Offer { dry_run: true, ..offer.clone() })?;
@@ -188,9 +193,7 @@ pub fn ask(host: &Host, peer: &str, offer: &Offer) -> Result<Vec<String>> {
     let answer = receiver.receive();
     sender.close();
     match answer? {
-        Some(Frame::ToSource(Said { word: ToSource::Refuse, details, .. })) => {
-            Ok(serde_json::from_value::<WhyDetails>(details)?.why)
-        }
+        Some(Frame::ToSource(Said { word: ToSource::Refuse, details, .. })) => Ok(serde_json::from_value(details)?),
         other => Err(Trouble::new(format!("{peer} answered something else than was asked: {other:?}"))),
     }
 }
@@ -297,6 +300,7 @@ struct Run {
     started: Instant,
     ending: Ending,
     why: Option<String>,
+    warnings: Vec<String>,
 }
 
 impl Run {
@@ -349,6 +353,7 @@ impl Run {
             started: now,
             ending: Ending::Failed,
             why: None,
+            warnings: Vec::new(),
         }
     }
 
@@ -550,7 +555,9 @@ impl Run {
                 let away_ns = self.away_ns()?.saturating_add(self.half_round_trip_ns());
                 serde_json::to_value(GoDetails { away_ns })?
             }
-            ToDestination::Abort => serde_json::to_value(WhyDetails { why: self.why.clone().into_iter().collect() })?,
+            ToDestination::Abort => {
+                serde_json::to_value(WhyDetails { why: self.why.clone().into_iter().collect(), warnings: Vec::new() })?
+            }
             ToDestination::Moved => serde_json::Value::Null,
         };
         self.last_said = Instant::now();
@@ -780,6 +787,9 @@ impl Run {
                 if let Some(timeline) = &mut self.timeline {
                     timeline.end_remote(details.steps, details.blackout_us, "carry the commit");
                 }
+            }
+            (ToSource::Accept, SourceState::Offering) => {
+                self.warnings = serde_json::from_value::<WhyDetails>(said.details.clone()).unwrap_or_default().warnings;
             }
             (ToSource::Refuse, _) => {
                 self.ending = Ending::Refused;
@@ -1157,6 +1167,7 @@ impl Run {
             moved,
             error: (!moved).then(|| self.why.clone().unwrap_or_else(|| "the daemon was stopped meanwhile".into())),
             ending,
+            warnings: self.warnings.clone(),
             rounds: self.precopy.rounds().to_vec(),
             bytes: self.precopy.total_bytes(),
             total_ms: millis(self.started.elapsed()),
