@@ -161,7 +161,10 @@ pub fn judge(host: &Host, dom: DomId, limits: &Limits) -> Result<(Offer, Descrip
         return Err(Trouble::new("the hypervisor extension is not loaded on this host").todo("run `ferry host load`"));
     };
     let guest = host.toolstack.describe(dom)?;
-    preflight::populated(hv, dom)?;
+    // Xen knows nothing of the kind for a PV guest, which is refused as such.
+    if info.hvm {
+        preflight::populated(hv, dom)?;
+    }
     let gt = hv.gt_state(dom)?;
     let why = preflight::source(hv, &here, &info, &gt, &guest)?;
     preflight::reach(hv, &info)?;
