@@ -57,6 +57,9 @@ pub struct DryRun {
     pub devices: Vec<String>,
     /// Why it would be refused; empty: it would not.
     pub refused: Vec<String>,
+    /// What would not be as it was.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// Pages a second that the guest dirties now.
     pub dirty_rate: u64,
     pub expected_blackout_ms: u64,

@@ -314,7 +314,8 @@ impl Daemon {
         self.not_moving(domid)?;
         let limits = self.limits(request);
         let (offer, _, mut refused) = source::judge(&self.host, domid, &limits)?;
-        refused.extend(source::ask(&self.host, &request.host, &offer)?);
+        let answer = source::ask(&self.host, &request.host, &offer)?;
+        refused.extend(answer.why);
         let dirty_rate = self.sample_dirty(domid)?;
         // What is dirtied while the last look's pages are sent stays for the pause.
         let rate = self.learned.rate(&request.host).unwrap_or(100 << 20);
@@ -327,6 +328,7 @@ impl Daemon {
             memory_mib: offer.shell.total_pages / 256,
             devices: offer.devices.iter().map(migrate::guest::Device::title).collect(),
             refused,
+            warnings: answer.warnings,
             dirty_rate,
             expected_blackout_ms: millis(expected),
             downtime_limit_ms: millis(limits.downtime),

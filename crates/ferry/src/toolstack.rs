@@ -8,12 +8,13 @@ use migrate::toolstack::{Description, Luggage, Toolstack};
 use migrate::{Doing, Result, Trouble};
 use pv_backend::console::Hold;
 use pv_backend::device::Inventory;
+use pv_backend::disk::Evidence;
 use pv_backend::dom0::Dom0;
 use pv_backend::frozen::{self, Frozen};
 use pv_backend::records::{self, Node, Records};
 use pv_backend::source::Limits;
 use pv_backend::store::Store;
-use pv_backend::{Refusal, announce, console, destination, device, source};
+use pv_backend::{Refusal, announce, console, destination, device, disk, source};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,9 @@ use xenstore_client::{Access, Client, Errno, Nodes, Perm};
 
 /// A frame that is lost does no harm if the announcement comes again after this.
 const ANNOUNCE_AGAIN: Duration = Duration::from_millis(100);
+
+/// Where libxl keeps the names of CPU pools.
+const POOLS: &str = "/local/pool";
 
 /// dom0 of this host.
 pub struct ServiceDomain {
@@ -47,11 +51,19 @@ impl std::fmt::Debug for ServiceDomain {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Details {
     inventory: Inventory,
+    /// By device number.
+    #[serde(default)]
+    disks: BTreeMap<u32, Evidence>,
+}
+
+impl Details {
+    fn read(details: &serde_json::Value) -> Result<Details> {
+        serde_json::from_value(details.clone()).doing("read what the guest's devices are")
+    }
 }
 
 fn inventory(details: &serde_json::Value) -> Result<Inventory> {
-    let details: Details = serde_json::from_value(details.clone()).doing("read what the guest's devices are")?;
-    Ok(details.inventory)
+    Ok(Details::read(details)?.inventory)
 }
 
 fn store() -> Result<Client> {
@@ -136,6 +148,10 @@ impl Toolstack for ServiceDomain {
                 "starts it when this host boots, while it runs elsewhere; move that file to the destination first";
             refused.push(Refusal::new(config.display().to_string(), why));
         }
+        let disks = disk::survey(&self.machine, &inventory.devices).unwrap_or_else(|why| {
+            refused.extend(why);
+            BTreeMap::new()
+        });
         if !refused.is_empty() {
             let list: Vec<String> = refused.iter().map(ToString::to_string).collect();
             return Err(Trouble::new(list.join("; ")));
@@ -156,8 +172,23 @@ impl Toolstack for ServiceDomain {
         Ok(Description {
             identity: Identity { domid: dom, uuid: info.uuid, name, kind },
             devices: devices.collect(),
-            details: serde_json::to_value(Details { inventory })?,
+            details: serde_json::to_value(Details { inventory, disks })?,
         })
+    }
+
+    fn pool_name(&self, id: u32) -> Result<Option<String>> {
+        store()?.text(&format!("{POOLS}/{id}/name")).doing("read its CPU pool's name")
+    }
+
+    fn pool_named(&self, name: &str) -> Result<Option<u32>> {
+        let mut store = store()?;
+        for id in store.list(POOLS).doing("list CPU pools")?.unwrap_or_default() {
+            let found = store.text(&format!("{POOLS}/{id}/name")).doing("read a CPU pool's name")?;
+            if found.as_deref() == Some(name) {
+                return Ok(id.parse().ok());
+            }
+        }
+        Ok(None)
     }
 
     fn freeze(&self, guest: &Description) -> Result<()> {
@@ -266,9 +297,10 @@ impl Toolstack for ServiceDomain {
                 why.push(format!("the name {} is taken on the destination by domain {id}", offer.identity.name));
             }
         }
-        match inventory(&offer.toolstack) {
-            Ok(inventory) => {
-                why.extend(destination::check(&self.machine, &inventory.devices).iter().map(ToString::to_string));
+        match Details::read(&offer.toolstack) {
+            Ok(Details { inventory, disks }) => {
+                let misfits = destination::check(&self.machine, &inventory.devices, &disks);
+                why.extend(misfits.iter().map(ToString::to_string));
             }
             Err(error) => why.push(error.to_string()),
         }

@@ -80,7 +80,26 @@ pub trait Hypervisor: Send + Sync {
 
     fn vcpu_info(&self, dom: DomId, vcpu: u32) -> Result<VcpuInfo>;
 
+    // ---- scheduling ----
+
+    /// `ENOENT` (as error number) if there is no pool of this number.
+    fn cpu_pool(&self, id: u32) -> Result<CpuPool>;
+
+    /// `scheduler` is that of the domain's pool, credit or credit2.
+    fn share(&self, dom: DomId, scheduler: u32) -> Result<Share>;
+
+    /// Likewise; `EINVAL` if its pool has another scheduler.
+    fn set_share(&self, dom: DomId, share: &Share) -> Result<()>;
+
+    fn affinity(&self, dom: DomId, vcpu: u32) -> Result<Affinity>;
+
+    /// `EINVAL` if none of the hard affinity's CPUs is in the domain's pool.
+    fn set_affinity(&self, dom: DomId, vcpu: u32, affinity: &Affinity) -> Result<()>;
+
     // ---- memory ----
+
+    /// The guest was given a NUMA topology of its own.
+    fn has_vnuma(&self, dom: DomId) -> Result<bool>;
 
     /// The highest gfn the guest has anything at.
     fn max_gfn(&self, dom: DomId) -> Result<Gfn>;

@@ -1,6 +1,7 @@
 //! The shapes of what the trait's operations take and give.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::fmt;
 use uuid::Uuid;
 
@@ -231,6 +232,33 @@ pub enum PageType {
     NotRam,
     /// The host's memory under it is broken.
     Broken,
+}
+
+/// CPUs that are scheduled together (`XEN_SYSCTL_CPUPOOL_OP_INFO`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuPool {
+    pub id: u32,
+    /// `XEN_SCHEDULER_*`.
+    pub scheduler: u32,
+    pub cpus: BTreeSet<u32>,
+}
+
+/// What share of its pool's CPUs a domain gets, with the schedulers credit and credit2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// `XEN_SCHEDULER_*`.
+    pub scheduler: u32,
+    /// In relation to other domains' weights.
+    pub weight: u16,
+    /// Most that it gets, percent of one CPU; 0: no limit.
+    pub cap: u16,
+}
+
+/// On which CPUs a vCPU may run, and on which it should; `None`: any.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Affinity {
+    pub hard: Option<BTreeSet<u32>>,
+    pub soft: Option<BTreeSet<u32>>,
 }
 
 /// Memory that a guest is told it has and that gets its pages when it is first touched (`XENMEM_get_pod_target`).

@@ -51,6 +51,7 @@ pub fn shell(hv: &dyn Hypervisor, info: &DomainInfo, gt: &GtState, ram: &[Gfn]) 
             // Only for a guest that maps others' grants, which is refused.
             max_maptrack_frames: -1,
             grant_opts: gt.grant_version.max(2),
+            // By its name, in the offer's placement: another host has other numbers.
             cpupool: 0,
             emulation_flags: info.emulation_flags,
             misc_flags: info.misc_flags,

@@ -1,5 +1,6 @@
 //! A guest as it travels: what the source tells before it sends memory, and what a hypervisor holds of it besides memory.
 
+use crate::placement::Placement;
 use hypervisor::{CpuPolicy, DomId, DomainConfig, Gfn, GtState, MemoryRange, TscInfo, XenVersion};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -61,6 +62,9 @@ pub struct Offer {
     pub build_id: String,
     pub extension_abi: u32,
     pub shell: Shell,
+    /// What can be given there and is not refused where it can't.
+    #[serde(default)]
+    pub placement: Placement,
     pub devices: Vec<Device>,
     /// What the toolstack needs to make devices and store nodes for the shell; its own JSON.
     pub toolstack: serde_json::Value,

@@ -9,6 +9,7 @@ pub mod handshake;
 pub mod image;
 pub mod journal;
 mod own_fault;
+pub mod placement;
 pub mod restore;
 pub mod toolstack;
 mod trouble;

@@ -52,6 +52,9 @@ pub fn source(
         why.push(format!("it uses grant table version {}; only version 1 can be moved", gt.grant_version));
     }
     why.extend(features(host, gt));
+    if hv.has_vnuma(info.domid)? {
+        why.push("it has a NUMA topology of its own (vnuma), which can't be moved; start it without".into());
+    }
     for (id, vcpu) in gt.vcpus.iter().enumerate() {
         if vcpu.initialised && vcpu.down {
             why.push(format!(
@@ -184,6 +187,18 @@ fn maps_others(hv: &dyn Hypervisor, dom: DomId) -> Result<Vec<String>> {
         }
     }
     Ok(why)
+}
+
+/// The destination's side: what is another there, and no reason to refuse.
+pub fn remarks(here: &HostInfo, offer: &Offer) -> Vec<String> {
+    let same = (&here.version, &here.build_id) == (&offer.xen, &offer.build_id);
+    let text = || {
+        format!(
+            "Xen is {} here and {} on {}, another build; the guest can ask for it",
+            here.version, offer.xen, offer.host
+        )
+    };
+    if same { Vec::new() } else { vec![text()] }
 }
 
 /// The destination's side. Empty: it fits.

@@ -81,6 +81,9 @@ pub struct Report {
     /// Why not.
     pub error: Option<String>,
     pub ending: Ending,
+    /// What is not on the destination as it was, though nothing that the guest could notice.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     pub rounds: Vec<Round>,
     pub bytes: u64,
     pub total_ms: u64,

@@ -9,7 +9,9 @@ use crate::cpu;
 use crate::guest::{GfnRange, GuestState, Shell};
 use crate::trouble::{Doing, Result, Trouble};
 use crate::tsc;
-use hypervisor::{Access, DomId, Gfn, GrantArray, GtState, GtStep, Hypervisor, PAGE_SIZE, TscPoint, XenPage};
+use hypervisor::{
+    Access, DomId, DomainConfig, Gfn, GrantArray, GtState, GtStep, Hypervisor, PAGE_SIZE, TscPoint, XenPage,
+};
 use serde::{Deserialize, Serialize};
 use std::mem::offset_of;
 use xen_abi::grant::{EntryV1, GTF_READING, GTF_WRITING};
@@ -24,9 +26,10 @@ const BATCH: usize = 1024;
 /// Pages in an extent of 2 MiB.
 const SUPERPAGE: u64 = 512;
 
-/// Makes the domain, paused, with vCPUs, limits, CPU policy and memory map, and its memory populated but empty.
-pub fn make_shell(hv: &dyn Hypervisor, dom: DomId, shell: &Shell) -> Result<()> {
-    hv.create_domain(dom, &shell.config)?;
+/// Makes the domain, paused, in one of this host's CPU pools, with vCPUs, limits, CPU policy and memory map, and its memory populated but
+/// empty.
+pub fn make_shell(hv: &dyn Hypervisor, dom: DomId, shell: &Shell, cpupool: u32) -> Result<()> {
+    hv.create_domain(dom, &DomainConfig { cpupool, ..shell.config.clone() })?;
     // Creation holds one pause count.
     for _ in 1..PAUSES {
         hv.pause(dom)?;

@@ -43,6 +43,9 @@ pub trait Toolstack: Send + Sync {
     /// Everything the guest has. Refuses, by name and reason, what can't move.
     fn describe(&self, dom: DomId) -> Result<Description>;
 
+    /// What a CPU pool is called; only the number is Xen's.
+    fn pool_name(&self, id: u32) -> Result<Option<String>>;
+
     /// The guest is paused: stop serving its store and console, take the snapshot that [`Toolstack::pack`] reads.
     fn freeze(&self, guest: &Description) -> Result<()>;
 
@@ -63,6 +66,9 @@ pub trait Toolstack: Send + Sync {
 
     /// What this service domain lacks for the guest: bridge, disk, backend's limits, a taken name. Changes nothing.
     fn fits(&self, offer: &Offer) -> Vec<String>;
+
+    /// The number of the CPU pool of that name.
+    fn pool_named(&self, name: &str) -> Result<Option<u32>>;
 
     /// The shell domain is there: make its nodes and devices, backends waiting for their frontends.
     fn prepare(&self, offer: &Offer) -> Result<()>;

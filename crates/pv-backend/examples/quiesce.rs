@@ -15,7 +15,7 @@ use pv_backend::device::{discover, judge_channels};
 use pv_backend::dom0::Dom0;
 use pv_backend::source::{Limits, release, rollback, snapshot};
 use pv_backend::store::Store;
-use pv_backend::{console, destination, drain, records};
+use pv_backend::{console, destination, disk, drain, records};
 use serde_json::json;
 
 fn main() -> ExitCode {
@@ -58,7 +58,10 @@ fn once(domid: u16, rebuild: bool) -> Result<(), Box<dyn std::error::Error>> {
     let released_after = start.elapsed();
     let mut prepared_after = released_after;
     let back = if rebuild && released.is_ok() {
-        let misfits = destination::check(&machine, &found.devices);
+        let misfits = match disk::survey(&machine, &found.devices) {
+            Ok(disks) => destination::check(&machine, &found.devices, &disks),
+            Err(refused) => refused,
+        };
         let prepared = destination::prepare(&machine, &mut store, &found.devices, &limits);
         // The guest's own nodes, which a destination imports.
         for device in &found.devices {

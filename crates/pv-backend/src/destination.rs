@@ -6,9 +6,12 @@
 //! The backends' areas are made here, not by importing the source's: dom0's kernel only looks at a backend whose state
 //! is 1. A backend may carry out queued writes the moment it is connected, so `connect` comes after the commit.
 
+use std::collections::BTreeMap;
+
 use xenstore_client::{Access, Perm};
 
 use crate::device::{Class, Device};
+use crate::disk::Evidence;
 use crate::error::{Error, Refusal, Result, all};
 use crate::machine::Machine;
 use crate::source::{Limits, POLL, Patience, closed, each, retire, run, wait_states};
@@ -46,9 +49,9 @@ fn writer(class: Class, name: &str) -> Writer {
     }
 }
 
-/// Whether this host can take these devices: drivers, bridges, scripts, disks with their size and block sizes, queues and
-/// ring pages. Touches nothing.
-pub fn check(machine: &dyn Machine, devices: &[Device]) -> Vec<Refusal> {
+/// Whether this host can take these devices: drivers, bridges, scripts, queues and ring pages, and disks, which must be those that the
+/// source tells of in `disks`, by device number. Touches nothing.
+pub fn check(machine: &dyn Machine, devices: &[Device], disks: &BTreeMap<u32, Evidence>) -> Vec<Refusal> {
     let mut refused = Vec::new();
     for device in devices {
         let what = format!("{} {}", device.class.name(), device.devid);
@@ -89,14 +92,14 @@ pub fn check(machine: &dyn Machine, devices: &[Device]) -> Vec<Refusal> {
                         device.ring_order
                     ));
                 }
-                check_disk(machine, device, &mut refuse);
+                check_disk(machine, device, disks.get(&device.devid), &mut refuse);
             }
         }
     }
     refused
 }
 
-fn check_disk(machine: &dyn Machine, device: &Device, refuse: &mut dyn FnMut(String)) {
+fn check_disk(machine: &dyn Machine, device: &Device, source: Option<&Evidence>, refuse: &mut dyn FnMut(String)) {
     let Some(path) = device.node("params").filter(|path| !path.is_empty()) else {
         refuse("it has no medium; insert one or detach it".to_owned());
         return;
@@ -109,18 +112,19 @@ fn check_disk(machine: &dyn Machine, device: &Device, refuse: &mut dyn FnMut(Str
         }
     };
     let number = |name: &str| device.node(name).and_then(|value| value.parse::<u64>().ok());
-    // blkback tells sizes once it is connected.
-    let mut same = |name: &str, here: u64| {
-        if let Some(there) = number(name)
-            && there != here
-        {
-            refuse(format!(
-                "the disk {path} has {name} {here} here and {there} on the source: it is not the same disk"
-            ));
-        }
-    };
-    same("sectors", disk.sectors);
-    same("sector-size", disk.logical_block.into());
+    match source {
+        Some(source) => source.differs(machine, path).into_iter().for_each(&mut *refuse),
+        None => refuse(format!(
+            "the source does not tell which disk {path} is; install the same version of ferry on both hosts"
+        )),
+    }
+    // blkback tells it once it is connected.
+    if let Some(there) = number("sector-size")
+        && there != u64::from(disk.logical_block)
+    {
+        let here = disk.logical_block;
+        refuse(format!("the disk {path} has sectors of {here} bytes here and {there} on the source"));
+    }
     if number("feature-flush-cache") == Some(1) && !disk.write_back {
         refuse(format!("the guest flushes the cache of {path}, which has none that can be flushed on this host"));
     }

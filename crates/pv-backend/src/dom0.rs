@@ -3,12 +3,13 @@
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::announce::parse_mac;
+use crate::disk::{Name, SAMPLE, Sample};
 use crate::machine::{BlockDevice, BridgePort, Machine, Script};
 
 /// Bytes of a script's output that go into an error.
@@ -127,9 +128,7 @@ impl Machine for Dom0 {
     }
 
     fn block_device(&self, path: &str) -> io::Result<BlockDevice> {
-        // As the hotplug script does: a name without a directory is in /dev.
-        let path = if path.starts_with('/') { path.to_owned() } else { format!("/dev/{path}") };
-        let meta = fs::metadata(path)?;
+        let meta = fs::metadata(device_path(path))?;
         if !meta.file_type().is_block_device() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a block device"));
         }
@@ -139,6 +138,10 @@ impl Machine for Dom0 {
         let number = |name: &str| -> io::Result<u64> {
             text(name)?.parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("sysfs {name}")))
         };
+        // A partition is a part of what its disk is.
+        let part = base.join("partition").exists();
+        let start = if part { number("start")? } else { 0 };
+        let of_disk = |file: &str| text(&if part { format!("../{file}") } else { file.to_owned() }).ok();
         // A partition has the queue of its disk.
         let queue = if base.join("queue").is_dir() { "queue" } else { "../queue" };
         let block = |name: &str| Ok::<_, io::Error>(u32::try_from(number(&format!("{queue}/{name}"))?).unwrap_or(0));
@@ -150,7 +153,15 @@ impl Machine for Dom0 {
             physical_block: block("physical_block_size")?,
             write_back: text(&format!("{queue}/write_cache")).is_ok_and(|mode| mode == "write back"),
             read_only: number("ro")? != 0,
+            name: Name::find(of_disk).map(|name| Name { start, ..name }),
         })
+    }
+
+    fn samples(&self, path: &str, places: &[u64]) -> io::Result<Vec<Sample>> {
+        // The other host writes past this one's cache.
+        let flags = libc::O_DIRECT | libc::O_CLOEXEC;
+        let disk = fs::OpenOptions::new().read(true).custom_flags(flags).open(device_path(path))?;
+        samples(&disk, places)
     }
 
     fn module_parameter(&self, module: &str, name: &str) -> Option<u32> {
@@ -210,6 +221,25 @@ impl Machine for Dom0 {
     }
 }
 
+/// As the hotplug script does: a name without a directory is in /dev.
+fn device_path(path: &str) -> String {
+    if path.starts_with('/') { path.to_owned() } else { format!("/dev/{path}") }
+}
+
+/// Reads through an aligned buffer, as direct I/O wants it.
+fn samples(disk: &fs::File, places: &[u64]) -> io::Result<Vec<Sample>> {
+    let mut room = vec![0; 2 * SAMPLE];
+    let start = room.as_ptr().align_offset(SAMPLE);
+    let block = room.get_mut(start..).and_then(|rest| rest.get_mut(..SAMPLE)).ok_or(io::ErrorKind::OutOfMemory)?;
+    places
+        .iter()
+        .map(|&at| {
+            disk.read_exact_at(block, at)?;
+            Ok(Sample::of(at, block))
+        })
+        .collect()
+}
+
 /// `bridge` only exchanges a message with the kernel.
 const TEACH_LIMIT: Duration = Duration::from_secs(10);
 
@@ -253,5 +283,23 @@ fn run(script: &Script, limit: Duration) -> Result<(), String> {
             Err(if text.is_empty() { status.to_string() } else { format!("{status}: {text}") })
         }
         Err(why) => Err(why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_of_the_places_asked_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let mut bytes = vec![0; 3 * SAMPLE];
+        bytes[SAMPLE + 5] = 9;
+        fs::write(&path, &bytes).unwrap();
+        let disk = fs::File::open(&path).unwrap();
+        let read = samples(&disk, &[0, SAMPLE as u64]).unwrap();
+        assert_eq!(read, [Sample::of(0, &bytes[..SAMPLE]), Sample::of(SAMPLE as u64, &bytes[SAMPLE..2 * SAMPLE])]);
+        samples(&disk, &[3 * SAMPLE as u64]).unwrap_err();
     }
 }

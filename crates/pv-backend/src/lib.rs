@@ -24,6 +24,7 @@ pub mod announce;
 pub mod console;
 pub mod destination;
 pub mod device;
+pub mod disk;
 pub mod dom0;
 pub mod drain;
 mod error;

@@ -3,6 +3,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use crate::disk::{Name, Sample};
 use serde::{Deserialize, Serialize};
 
 /// A block device of this host.
@@ -22,6 +23,8 @@ pub struct BlockDevice {
     pub write_back: bool,
     /// Opening it for writing would fail.
     pub read_only: bool,
+    /// What the storage says of itself.
+    pub name: Option<Name>,
 }
 
 /// How a vif's network device in dom0 is set up as a port of a bridge.
@@ -70,6 +73,8 @@ pub trait Machine: Sync {
     fn join_bridge(&self, device: &str, port: &BridgePort) -> io::Result<()>;
     /// What kind of block device is at this path.
     fn block_device(&self, path: &str) -> io::Result<BlockDevice>;
+    /// What stands on a block device at these places (bytes, multiples of [`crate::disk::SAMPLE`]), past this host's cache.
+    fn samples(&self, path: &str, places: &[u64]) -> io::Result<Vec<Sample>>;
     /// A parameter of a module of dom0's kernel, "xen_blkback", "max_queues". `None` if there is none.
     fn module_parameter(&self, module: &str, name: &str) -> Option<u32>;
     /// Teaches the bridge of a network device that this address is behind it, whatever it had learned before.

@@ -12,9 +12,10 @@ use hypervisor::{DomId, PortState};
 use pv_backend::announce::announce;
 use pv_backend::destination::{check, connect, prepare};
 use pv_backend::device::{Class, Inventory, changed, discover, judge_channels};
+use pv_backend::disk::{Evidence, Name, survey};
 use pv_backend::drain::{Channels, Grant};
 use pv_backend::frozen::Frozen;
-use pv_backend::machine::BridgePort;
+use pv_backend::machine::{BlockDevice, BridgePort};
 use pv_backend::source::{Limits, release, retire, rollback, snapshot};
 use pv_backend::store::Store;
 use pv_backend::{Error, Refusal, Result, records};
@@ -355,7 +356,7 @@ fn moved() -> (Host, Inventory) {
 #[test]
 fn a_host_that_fits_prepares_and_connects_and_the_guest_finds_what_it_left() {
     let (host, found) = moved();
-    assert_eq!(check(&host, &found.devices), []);
+    assert_eq!(check(&host, &found.devices, &evidence()), []);
     prepare(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
     for device in &found.devices {
         assert_eq!(host.get(&format!("{}/state", device.backend)).as_deref(), Some("2"), "before the commit");
@@ -379,6 +380,72 @@ fn a_host_that_fits_prepares_and_connects_and_the_guest_finds_what_it_left() {
     let state = host.state.lock().unwrap();
     assert_eq!((state.frames.len(), state.frames[0].0.as_str()), (1, "xenbr0"));
     assert_eq!(state.taught.iter().map(|(device, _)| device.as_str()).collect::<Vec<_>>(), ["vif7.0"]);
+}
+
+/// What the source of [`moved`] tells of its disk.
+fn evidence() -> BTreeMap<u32, Evidence> {
+    let source = Host::new();
+    with_guest(&source, DOM);
+    survey(&source, &found(&source).devices).unwrap()
+}
+
+/// A host whose disk has this name, or none, and these bytes at the start of two of its blocks.
+fn host_with_disk(name: Option<&str>, first: u8, last: u8) -> (Host, Inventory) {
+    let (host, found) = moved();
+    let mut state = host.state.lock().unwrap();
+    let name = name.map(|value| Name { kind: "wwid".into(), value: value.into(), start: 0 });
+    state.disks.insert("/dev/ram0".into(), BlockDevice { name, ..disk() });
+    for (at, byte) in [(0, first), ((64 << 20) - 4096, last)] {
+        let mut block = vec![0; 4096];
+        block[0] = byte;
+        state.blocks.insert(("/dev/ram0".into(), at), block);
+    }
+    drop(state);
+    (host, found)
+}
+
+#[test]
+fn another_disk_of_the_same_size_is_refused() {
+    let same = |(source, found): (Host, Inventory), (host, _): (Host, Inventory)| {
+        refusals(&check(&host, &found.devices, &survey(&source, &found.devices).unwrap()))
+    };
+    // Named on both.
+    assert_eq!(same(host_with_disk(Some("naa.6"), 1, 1), host_with_disk(Some("naa.6"), 1, 2)), "");
+    let text = same(host_with_disk(Some("naa.6"), 1, 1), host_with_disk(Some("naa.7"), 1, 1));
+    let wanted =
+        "vbd 51712: the disk /dev/ram0 is wwid naa.7 here and wwid naa.6 on the source: it is not the same disk";
+    assert_eq!(text, wanted);
+    // Named on one, or on none: by what stands on it.
+    for (there, here) in [(Some("naa.6"), None), (None, Some("naa.6")), (None, None)] {
+        assert_eq!(same(host_with_disk(there, 1, 3), host_with_disk(here, 1, 3)), "", "{there:?} {here:?}");
+        let text = same(host_with_disk(there, 1, 3), host_with_disk(here, 1, 4));
+        assert!(text.contains("holds something else here than on the source (at byte 67104768)"), "{text}");
+        let text = same(host_with_disk(there, 0, 0), host_with_disk(here, 0, 0));
+        assert!(text.contains("nothing tells whether the disk /dev/ram0 is the same"), "{text}");
+    }
+    // What the guest writes all the time is no sign of another disk.
+    let source = host_with_disk(None, 1, 3);
+    source.0.state.lock().unwrap().busy.push(("/dev/ram0".into(), 0));
+    assert_eq!(same(source, host_with_disk(None, 77, 3)), "");
+    // Nothing told, and places of the peer's choice.
+    let (host, found) = host_with_disk(None, 1, 3);
+    assert!(refusals(&check(&host, &found.devices, &BTreeMap::new())).contains("does not tell which disk"));
+    let mut evidence = survey(&host, &found.devices).unwrap();
+    evidence.get_mut(&51712).unwrap().samples[0].at = 1 << 20;
+    assert!(refusals(&check(&host, &found.devices, &evidence)).contains("of no places that are looked at"));
+}
+
+/// A path is a name that can lead elsewhere by now.
+#[test]
+fn a_path_that_is_no_longer_the_open_disk_is_refused_on_the_source() {
+    let source = Host::new();
+    with_guest(&source, DOM);
+    let found = found(&source);
+    source.state.lock().unwrap().disks.insert("/dev/ram0".into(), BlockDevice { minor: 16, ..disk() });
+    let text = refusals(&survey(&source, &found.devices).unwrap_err());
+    assert!(text.contains("vbd 51712: its backend has block device 1:0 open, and /dev/ram0 is 1:10 now"), "{text}");
+    source.state.lock().unwrap().disks.clear();
+    assert!(refusals(&survey(&source, &found.devices).unwrap_err()).contains("can't be looked at on the source"));
 }
 
 #[test]
@@ -408,7 +475,7 @@ fn a_host_that_does_not_fit_is_refused_before_anything_is_touched() {
     found.devices[1].ring_order = 5;
     found.devices[1].nodes.insert("feature-flush-cache".into(), "1".into());
     let before = host.state.lock().unwrap().calls.len();
-    let text = refusals(&check(&host, &found.devices));
+    let text = refusals(&check(&host, &found.devices, &evidence()));
     for wanted in [
         "vif 0: the bridge xenbr0 is not here",
         "vif 0: the guest uses 2 queues, this host offers 1",
@@ -420,7 +487,7 @@ fn a_host_that_does_not_fit_is_refused_before_anything_is_touched() {
         assert!(text.contains(wanted), "{wanted:?} is not in\n{text}");
     }
     host.state.lock().unwrap().disks.clear();
-    assert!(refusals(&check(&host, &found.devices)).contains("can't be used here"));
+    assert!(refusals(&check(&host, &found.devices, &evidence())).contains("can't be used here"));
     assert_eq!(host.state.lock().unwrap().calls.len(), before);
 }
 

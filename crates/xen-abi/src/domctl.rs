@@ -8,12 +8,15 @@ abi_numbers! {
     PAUSEDOMAIN: u32 = 3, "XEN_DOMCTL_pausedomain";
     UNPAUSEDOMAIN: u32 = 4, "XEN_DOMCTL_unpausedomain";
     GETDOMAININFO: u32 = 5, "XEN_DOMCTL_getdomaininfo";
+    SETVCPUAFFINITY: u32 = 9, "XEN_DOMCTL_setvcpuaffinity";
     SHADOW_OP: u32 = 10, "XEN_DOMCTL_shadow_op";
     MAX_MEM: u32 = 11, "XEN_DOMCTL_max_mem";
     SETVCPUCONTEXT: u32 = 12, "XEN_DOMCTL_setvcpucontext";
     GETVCPUCONTEXT: u32 = 13, "XEN_DOMCTL_getvcpucontext";
     GETVCPUINFO: u32 = 14, "XEN_DOMCTL_getvcpuinfo";
     MAX_VCPUS: u32 = 15, "XEN_DOMCTL_max_vcpus";
+    SCHEDULER_OP: u32 = 16, "XEN_DOMCTL_scheduler_op";
+    GETVCPUAFFINITY: u32 = 25, "XEN_DOMCTL_getvcpuaffinity";
     GETHVMCONTEXT: u32 = 33, "XEN_DOMCTL_gethvmcontext";
     SETHVMCONTEXT: u32 = 34, "XEN_DOMCTL_sethvmcontext";
     GET_DEVICE_GROUP: u32 = 50, "XEN_DOMCTL_get_device_group";
@@ -55,6 +58,17 @@ abi_numbers! {
     SHADOW_OP_CLEAN: u32 = 11, "XEN_DOMCTL_SHADOW_OP_CLEAN";
     SHADOW_OP_PEEK: u32 = 12, "XEN_DOMCTL_SHADOW_OP_PEEK";
     SHADOW_LOGDIRTY_FINAL: u32 = 1, "XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL";
+
+    VCPUAFFINITY_HARD: u32 = 1 << 0, "XEN_VCPUAFFINITY_HARD";
+    VCPUAFFINITY_SOFT: u32 = 1 << 1, "XEN_VCPUAFFINITY_SOFT";
+
+    SCHEDULER_CREDIT: u32 = 5, "XEN_SCHEDULER_CREDIT";
+    SCHEDULER_CREDIT2: u32 = 6, "XEN_SCHEDULER_CREDIT2";
+    SCHEDULER_ARINC653: u32 = 7, "XEN_SCHEDULER_ARINC653";
+    SCHEDULER_RTDS: u32 = 8, "XEN_SCHEDULER_RTDS";
+    SCHEDULER_NULL: u32 = 9, "XEN_SCHEDULER_NULL";
+    SCHEDOP_PUTINFO: u32 = 0, "XEN_DOMCTL_SCHEDOP_putinfo";
+    SCHEDOP_GETINFO: u32 = 1, "XEN_DOMCTL_SCHEDOP_getinfo";
 
     VGCF_ONLINE: u64 = 1 << 5, "VGCF_online";
 
@@ -159,6 +173,28 @@ abi_structs! {
         vcpu: u32,
         _pad: u32,
         ctxt: u64,
+    }
+
+    struct Bitmap = "struct xenctl_bitmap" {
+        bitmap: u64,
+        nr_bits: u32,
+        _pad: u32,
+    }
+
+    struct VcpuAffinity = "struct xen_domctl_vcpuaffinity" {
+        vcpu: u32,
+        flags: u32,
+        cpumap_hard: Bitmap,
+        cpumap_soft: Bitmap,
+    }
+
+    /// For the schedulers credit and credit2, whose parameters look the same.
+    struct SchedulerOp = "struct xen_domctl_scheduler_op" {
+        sched_id: u32,
+        cmd: u32,
+        weight: u16 = "u.credit.weight",
+        cap: u16 = "u.credit.cap",
+        _pad: [u32; 3],
     }
 
     struct GetVcpuInfo = "struct xen_domctl_getvcpuinfo" {

@@ -11,6 +11,7 @@ abi_numbers! {
     REMOVE_FROM_PHYSMAP: u64 = 15, "XENMEM_remove_from_physmap";
     GET_POD_TARGET: u64 = 17, "XENMEM_get_pod_target";
     CLAIM_PAGES: u64 = 24, "XENMEM_claim_pages";
+    GET_VNUMAINFO: u64 = 26, "XENMEM_get_vnumainfo";
     ACQUIRE_RESOURCE: u64 = 28, "XENMEM_acquire_resource";
 
     MAPSPACE_SHARED_INFO: u32 = 0, "XENMAPSPACE_shared_info";
@@ -69,6 +70,17 @@ abi_structs! {
         domid: u16,
         _pad: [u16; 3],
         map: MemoryMap,
+    }
+
+    struct VnumaTopologyInfo = "struct xen_vnuma_topology_info" {
+        domid: u16,
+        pad: u16,
+        nr_vnodes: u32,
+        nr_vcpus: u32,
+        nr_vmemranges: u32,
+        vdistance: u64,
+        vcpu_to_vnode: u64,
+        vmemrange: u64,
     }
 
     struct AcquireResource = "struct xen_mem_acquire_resource" {

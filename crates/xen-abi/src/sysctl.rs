@@ -1,13 +1,16 @@
 //! `XEN_SYSCTL_*` (`xen/include/public/sysctl.h`), interface version 0x15.
 
-use crate::domctl::PAYLOAD_LEN;
+use crate::domctl::{Bitmap, PAYLOAD_LEN};
 use crate::layout::{abi_numbers, abi_structs};
 
 abi_numbers! {
     PHYSINFO: u32 = 3, "XEN_SYSCTL_physinfo";
     GETDOMAININFOLIST: u32 = 6, "XEN_SYSCTL_getdomaininfolist";
+    CPUPOOL_OP: u32 = 18, "XEN_SYSCTL_cpupool_op";
     LIVEPATCH_OP: u32 = 27, "XEN_SYSCTL_livepatch_op";
     GET_CPU_POLICY: u32 = 29, "XEN_SYSCTL_get_cpu_policy";
+
+    CPUPOOL_OP_INFO: u32 = 3, "XEN_SYSCTL_CPUPOOL_OP_INFO";
 
     CPU_POLICY_RAW: u32 = 0, "XEN_SYSCTL_cpu_policy_raw";
     CPU_POLICY_HOST: u32 = 1, "XEN_SYSCTL_cpu_policy_host";
@@ -55,6 +58,16 @@ abi_structs! {
         buffer: u64,
         num_domains: u32,
         _pad2: u32,
+    }
+
+    struct CpupoolOp = "struct xen_sysctl_cpupool_op" {
+        op: u32,
+        cpupool_id: u32,
+        sched_id: u32,
+        domid: u32,
+        cpu: u32,
+        n_dom: u32,
+        cpumap: Bitmap,
     }
 
     struct CpuPolicy = "struct xen_sysctl_cpu_policy" {

@@ -306,6 +306,30 @@ impl Hypervisor for XenHost {
         })
     }
 
+    fn cpu_pool(&self, id: u32) -> Result<CpuPool> {
+        self.pool(id)
+    }
+
+    fn share(&self, dom: DomId, scheduler: u32) -> Result<Share> {
+        self.share_of(dom, scheduler)
+    }
+
+    fn set_share(&self, dom: DomId, share: &Share) -> Result<()> {
+        self.put_share(dom, share)
+    }
+
+    fn affinity(&self, dom: DomId, vcpu: u32) -> Result<Affinity> {
+        self.affinity_of(dom, vcpu)
+    }
+
+    fn set_affinity(&self, dom: DomId, vcpu: u32, affinity: &Affinity) -> Result<()> {
+        self.put_affinity(dom, vcpu, affinity)
+    }
+
+    fn has_vnuma(&self, dom: DomId) -> Result<bool> {
+        self.vnuma_of(dom)
+    }
+
     fn max_gfn(&self, dom: DomId) -> Result<Gfn> {
         self.highest_gfn(dom)
     }

@@ -14,6 +14,7 @@ pub mod livepatch;
 mod mapping;
 mod memory;
 mod privcmd;
+mod scheduling;
 
 pub use buffer::Buffer;
 pub use events::EventDevice;

@@ -39,6 +39,16 @@ impl XenHost {
         Ok(Gfn(gfn as u64))
     }
 
+    pub(crate) fn vnuma_of(&self, dom: DomId) -> Result<bool> {
+        // Without room for an answer: only whether there would be one.
+        let mut op = memory::VnumaTopologyInfo { domid: dom.0, ..Default::default() };
+        match self.op(hypercall::MEMORY_OP, memory::GET_VNUMAINFO, &mut op)? {
+            Ok(_) | Err(Errno::ENOBUFS) => Ok(true),
+            Err(Errno::EOPNOTSUPP) => Ok(false),
+            Err(e) => Err(HypervisorError::errno("XENMEM_get_vnumainfo", dom, e)),
+        }
+    }
+
     pub(crate) fn pod_of(&self, dom: DomId) -> Result<PopulateOnDemand> {
         let mut op = memory::PodTarget { domid: dom.0, ..Default::default() };
         self.memory_op("XENMEM_get_pod_target", memory::GET_POD_TARGET, dom, &mut op)?;

@@ -3,6 +3,7 @@
 use crate::guest::{COUNTER, Program};
 use hypervisor::*;
 use std::collections::{BTreeMap, BTreeSet};
+use xen_abi::domctl::SCHEDULER_CREDIT2;
 use xen_abi::hvm_save::{CODE_CPU, CODE_END, CODE_HEADER, Cpu, FILE_MAGIC, FILE_VERSION, Header, push_record};
 use zerocopy::IntoBytes;
 
@@ -21,6 +22,9 @@ pub struct Domain {
     pub shared_info: Box<[u8; PAGE_SIZE]>,
     pub grant_frames: Vec<u8>,
     pub dirty: Option<BTreeSet<Gfn>>,
+    pub share: Share,
+    pub affinity: Vec<Affinity>,
+    pub vnuma: bool,
     /// What gets its page when somebody first looks at it.
     pub on_demand: BTreeSet<Gfn>,
     pub pauses: u32,
@@ -52,12 +56,15 @@ impl Domain {
                 grant_version: 1,
                 ..GtState::default()
             },
-            config,
             pages: BTreeMap::new(),
             placed: BTreeMap::new(),
             shared_info: Box::new([0; PAGE_SIZE]),
             grant_frames: vec![0; PAGE_SIZE],
             dirty: None,
+            share: Share { scheduler: SCHEDULER_CREDIT2, weight: 256, cap: 0 },
+            affinity: vec![Affinity::default(); config.max_vcpus as usize],
+            vnuma: false,
+            config,
             on_demand: BTreeSet::new(),
             pauses: 1,
             shutdown: None,

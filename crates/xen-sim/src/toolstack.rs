@@ -24,18 +24,24 @@ pub struct Guest {
 pub struct SimToolstack {
     xen: SimXen,
     guests: Arc<Mutex<BTreeMap<DomId, Guest>>>,
+    /// Names of CPU pools.
+    pools: Arc<Mutex<BTreeMap<u32, String>>>,
     /// What [`Toolstack::fits`] answers, for tests of refusals.
     pub lacks: Vec<String>,
 }
 
 impl SimToolstack {
     pub fn new(xen: &SimXen) -> Self {
-        SimToolstack { xen: xen.clone(), guests: Arc::default(), lacks: Vec::new() }
+        SimToolstack { xen: xen.clone(), guests: Arc::default(), pools: Arc::default(), lacks: Vec::new() }
     }
 
     pub fn add(&self, dom: DomId, name: &str) {
         let nodes = [("name".to_string(), name.into()), ("memory/target".into(), b"1024".to_vec())].into();
         self.guests().insert(dom, Guest { name: name.into(), nodes, frozen: false, attached: true, announced: false });
+    }
+
+    pub fn name_pool(&self, id: u32, name: &str) {
+        self.pools.lock().unwrap_or_else(PoisonError::into_inner).insert(id, name.into());
     }
 
     pub fn guest(&self, dom: DomId) -> Option<Guest> {
@@ -72,6 +78,15 @@ impl Toolstack for SimToolstack {
             }],
             details: serde_json::json!({"made": true}),
         })
+    }
+
+    fn pool_name(&self, id: u32) -> Result<Option<String>> {
+        Ok(self.pools.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned())
+    }
+
+    fn pool_named(&self, name: &str) -> Result<Option<u32>> {
+        let pools = self.pools.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(pools.iter().find(|(_, n)| *n == name).map(|(id, _)| *id))
     }
 
     fn freeze(&self, guest: &Description) -> Result<()> {

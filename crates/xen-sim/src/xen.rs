@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 use uuid::Uuid;
+use xen_abi::domctl::SCHEDULER_CREDIT2;
 
 /// All hosts of one test: which of them runs which guest.
 #[derive(Debug, Default)]
@@ -60,7 +61,10 @@ pub struct SimXen {
 struct Inner {
     domains: BTreeMap<DomId, Domain>,
     free_pages: u64,
-    extension: bool,
+    /// Version of the extension's ABI, if it is loaded.
+    extension: Option<u32>,
+    version: XenVersion,
+    pools: BTreeMap<u32, CpuPool>,
     tsc_khz: u32,
     /// Features (ECX of leaf 1) that a guest can have: as told, and as set.
     features: (u32, u32),
@@ -71,7 +75,9 @@ impl SimXen {
         let inner = Inner {
             domains: BTreeMap::new(),
             free_pages: 1 << 20,
-            extension: true,
+            extension: Some(1),
+            version: XenVersion { major: 4, minor: 17, extra: ".5".into() },
+            pools: [(0, CpuPool { id: 0, scheduler: SCHEDULER_CREDIT2, cpus: [0, 1].into() })].into(),
             tsc_khz: 2_000_000,
             features: (u32::MAX, u32::MAX),
         };
@@ -116,7 +122,33 @@ impl SimXen {
     }
 
     pub fn set_extension(&self, loaded: bool) {
-        lock(&self.inner).extension = loaded;
+        lock(&self.inner).extension = loaded.then_some(1);
+    }
+
+    pub fn set_extension_abi(&self, version: u32) {
+        lock(&self.inner).extension = Some(version);
+    }
+
+    pub fn set_version(&self, minor: u16, extra: &str) {
+        lock(&self.inner).version = XenVersion { major: 4, minor, extra: extra.into() };
+    }
+
+    pub fn set_pool(&self, pool: CpuPool) {
+        lock(&self.inner).pools.insert(pool.id, pool);
+    }
+
+    /// Puts a domain into a pool.
+    pub fn move_to_pool(&self, dom: DomId, pool: u32) {
+        if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
+            domain.config.cpupool = pool;
+        }
+    }
+
+    /// Gives the guest a NUMA topology.
+    pub fn set_vnuma(&self, dom: DomId) {
+        if let Some(domain) = lock(&self.inner).domains.get_mut(&dom) {
+            domain.vnuma = true;
+        }
     }
 
     /// Makes a guest that was created or grew otherwise than the tests' guests do.
@@ -246,7 +278,7 @@ impl SimXen {
             online_vcpus: d.vcpus,
             vcpus: d.vcpus,
             ssidref: 0,
-            cpupool: 0,
+            cpupool: d.config.cpupool,
             gpaddr_bits: 48,
             emulation_flags: d.config.emulation_flags,
             misc_flags: 0,
@@ -311,7 +343,7 @@ impl Hypervisor for SimXen {
     fn host_info(&self) -> Result<HostInfo> {
         let inner = lock(&self.inner);
         Ok(HostInfo {
-            version: XenVersion { major: 4, minor: 17, extra: ".5".into() },
+            version: inner.version.clone(),
             capabilities: "hvm-3.0-x86_64".into(),
             build_id: "51".into(),
             command_line: String::new(),
@@ -321,7 +353,7 @@ impl Hypervisor for SimXen {
             cpus: 2,
             tsc_khz: inner.tsc_khz,
             physcaps: 0,
-            extension: inner.extension.then_some(ExtensionInfo { abi_version: 1 }),
+            extension: inner.extension.map(|abi_version| ExtensionInfo { abi_version }),
         })
     }
 
@@ -347,6 +379,9 @@ impl Hypervisor for SimXen {
         let mut inner = lock(&self.inner);
         if inner.domains.contains_key(&dom) {
             return Err(HypervisorError::errno("XEN_DOMCTL_createdomain", dom, Errno::EEXIST));
+        }
+        if !inner.pools.contains_key(&config.cpupool) {
+            return Err(HypervisorError::errno("XEN_DOMCTL_createdomain", dom, Errno::ENOENT));
         }
         inner.domains.insert(dom, Domain::new(config.clone()));
         Ok(())
@@ -462,6 +497,46 @@ impl Hypervisor for SimXen {
             }
             Ok(VcpuInfo { vcpu, online: d.context.is_some(), blocked: false, running: d.pauses == 0, cpu_time_ns: 0 })
         })
+    }
+
+    fn cpu_pool(&self, id: u32) -> Result<CpuPool> {
+        let pool = lock(&self.inner).pools.get(&id).cloned();
+        pool.ok_or_else(|| HypervisorError::errno("XEN_SYSCTL_CPUPOOL_OP_INFO", None, Errno::ENOENT))
+    }
+
+    fn share(&self, dom: DomId, scheduler: u32) -> Result<Share> {
+        self.with("XEN_DOMCTL_SCHEDOP_getinfo", dom, |d| Ok(Share { scheduler, ..d.share }))
+    }
+
+    fn set_share(&self, dom: DomId, share: &Share) -> Result<()> {
+        let pool = self.cpu_pool(self.domain_info(dom)?.cpupool)?;
+        self.with("XEN_DOMCTL_SCHEDOP_putinfo", dom, |d| {
+            if pool.scheduler != share.scheduler {
+                return Err(Errno::EINVAL);
+            }
+            d.share = *share;
+            Ok(())
+        })
+    }
+
+    fn affinity(&self, dom: DomId, vcpu: u32) -> Result<Affinity> {
+        self.with("XEN_DOMCTL_getvcpuaffinity", dom, |d| d.affinity.get(vcpu as usize).cloned().ok_or(Errno::EINVAL))
+    }
+
+    fn set_affinity(&self, dom: DomId, vcpu: u32, affinity: &Affinity) -> Result<()> {
+        let pool = self.cpu_pool(self.domain_info(dom)?.cpupool)?;
+        self.with("XEN_DOMCTL_setvcpuaffinity", dom, |d| {
+            // vCPUs exist once they have been allocated.
+            if vcpu >= d.vcpus || affinity.hard.as_ref().is_some_and(|hard| hard.is_disjoint(&pool.cpus)) {
+                return Err(Errno::EINVAL);
+            }
+            *d.affinity.get_mut(vcpu as usize).ok_or(Errno::EINVAL)? = affinity.clone();
+            Ok(())
+        })
+    }
+
+    fn has_vnuma(&self, dom: DomId) -> Result<bool> {
+        self.with("XENMEM_get_vnumainfo", dom, |d| Ok(d.vnuma))
     }
 
     fn max_gfn(&self, dom: DomId) -> Result<Gfn> {

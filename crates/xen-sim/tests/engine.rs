@@ -1,6 +1,6 @@
 //! The engine from end to end over two simulated hosts: moves, refusals, limits, and every planted fault.
 
-use hypervisor::{DomId, Gfn, GtPortKind, Hypervisor};
+use hypervisor::{Affinity, CpuPool, DomId, Gfn, GtPortKind, Hypervisor, Share};
 use migrate::Limits;
 use migrate::destination::{Destinations, role_of};
 use migrate::host::{Fault, Faults, Host, Timeouts};
@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
+use xen_abi::domctl::{SCHEDULER_CREDIT, SCHEDULER_CREDIT2};
 use xen_sim::toolstack::SimToolstack;
 use xen_sim::{Program, SimXen, World, expected_memory};
 
@@ -370,7 +371,17 @@ fn a_recording_holds_what_was_sent() {
 #[test]
 fn what_does_not_fit_is_refused_untouched() {
     type Change = fn(&Lab);
-    let cases: [(&str, Change); 6] = [
+    let cases: [(&str, Change); 10] = [
+        ("Xen is 4.18.1 here and 4.17.5 on a, and the guest can see that; install the same version on both", |lab| {
+            lab.xen[1].set_version(18, ".1")
+        }),
+        ("Xen is 4.17.5 here and 4.18.1 on a, and the guest can see that", |lab| lab.xen[0].set_version(18, ".1")),
+        ("the hypervisor extension has version 2 here and 1 on a; load the same on both", |lab| {
+            lab.xen[1].set_extension_abi(2)
+        }),
+        ("the hypervisor extension has version 1 here and 2 on a; load the same on both", |lab| {
+            lab.xen[0].set_extension_abi(2)
+        }),
         ("lacks what the guest was started with: bit 0 of ECX of CPUID leaf 0x1, pclmulqdq", |lab| {
             lab.xen[1].set_features(0, 0)
         }),
@@ -793,4 +804,70 @@ fn a_move_ends_when_others_use_the_log_of_its_writes() {
         let theirs = lab.xen[0].log_dirty_enable(DOM).is_err();
         assert_eq!(theirs, what != "ended", "{what}: the others' log is left as it is");
     }
+}
+
+#[test]
+fn a_topology_of_its_own_is_refused() {
+    let lab = Lab::new();
+    lab.xen[0].set_vnuma(DOM);
+    let error = source::start(&lab.hosts[0], lab.request()).unwrap_err().to_string();
+    assert!(error.contains("it has a NUMA topology of its own (vnuma)"), "{error}");
+}
+
+/// A guest in the pool "db" (number 3 on the first host), with a share of its own, pinned.
+fn pinned() -> Lab {
+    let lab = Lab::new();
+    lab.xen[0].set_pool(CpuPool { id: 3, scheduler: SCHEDULER_CREDIT2, cpus: (4..8).collect() });
+    lab.toolstacks[0].name_pool(3, "db");
+    lab.xen[0].move_to_pool(DOM, 3);
+    lab.xen[0].set_share(DOM, &Share { scheduler: SCHEDULER_CREDIT2, weight: 700, cap: 40 }).unwrap();
+    lab.xen[0].set_affinity(DOM, 1, &pinned_to([4, 5])).unwrap();
+    lab
+}
+
+fn pinned_to(cpus: impl IntoIterator<Item = u32>) -> Affinity {
+    Affinity { hard: Some(cpus.into_iter().collect()), soft: None }
+}
+
+#[test]
+fn pool_share_and_affinity_go_along_where_they_fit() {
+    let lab = pinned();
+    lab.xen[1].set_pool(CpuPool { id: 1, scheduler: SCHEDULER_CREDIT, cpus: (4..8).collect() });
+    lab.toolstacks[1].name_pool(1, "db");
+    let report = lab.migrate();
+    assert!(report.moved, "{report:?}");
+    assert_eq!(report.warnings, Vec::<String>::new());
+    let there = &lab.xen[1];
+    assert_eq!(there.domain_info(DOM).unwrap().cpupool, 1, "the same name has another number");
+    let share = Share { scheduler: SCHEDULER_CREDIT, weight: 700, cap: 40 };
+    assert_eq!(there.share(DOM, SCHEDULER_CREDIT).unwrap(), share);
+    assert_eq!(there.affinity(DOM, 1).unwrap(), pinned_to([4, 5]));
+    assert_eq!(there.affinity(DOM, 0).unwrap(), Affinity::default());
+    lab.settled_on(1);
+}
+
+#[test]
+fn what_of_pool_share_and_affinity_does_not_fit_is_said_and_stops_nothing() {
+    let lab = pinned();
+    lab.xen[1].set_version(17, ".4");
+    let (offer, _, why) = source::judge(&lab.hosts[0], DOM, &Limits::default()).unwrap();
+    let answer = source::ask(&lab.hosts[0], "b", &offer).unwrap();
+    assert_eq!((why, answer.why), (vec![], vec![]));
+    assert!(lab.xen[1].domain_info(DOM).is_err(), "a dry run makes nothing");
+    let report = lab.migrate();
+    assert!(report.moved, "{report:?}");
+    assert_eq!(report.warnings, answer.warnings);
+    assert_eq!(
+        report.warnings,
+        [
+            "Xen is 4.17.4 here and 4.17.5 on a, another build; the guest can ask for it",
+            "the CPU pool db is not on b: it goes into Pool-0",
+            "vCPUs 1 had hard affinity to CPUs 4-5, of which its pool on b has none of them: any CPU",
+        ]
+    );
+    let there = &lab.xen[1];
+    assert_eq!(there.domain_info(DOM).unwrap().cpupool, 0);
+    assert_eq!(there.share(DOM, SCHEDULER_CREDIT2).unwrap().weight, 700);
+    assert_eq!(there.affinity(DOM, 1).unwrap(), Affinity::default());
+    lab.settled_on(1);
 }

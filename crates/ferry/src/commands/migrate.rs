@@ -166,12 +166,19 @@ fn tell_dry_run(dry: &DryRun, json: bool) -> Result<()> {
             "  it dirties {} pages/s now; blackout to expect {} ms, limit {} ms",
             dry.dirty_rate, dry.expected_blackout_ms, dry.downtime_limit_ms
         );
+        print_warnings(&dry.warnings);
     }
     if dry.refused.is_empty() {
         return Ok(());
     }
     let message = format!("domain {} ({}) can't move: {}", dry.name, dry.domid, dry.refused.join("; "));
     Err(Failure { exit: Exit::Refused, message }.into())
+}
+
+fn print_warnings(warnings: &[String]) {
+    for warning in warnings {
+        println!("  warning: {warning}");
+    }
 }
 
 fn list(items: &[String]) -> String {
@@ -233,6 +240,7 @@ fn progress_text(p: &Progress) -> String {
 fn print_report(report: &Report) {
     if report.moved {
         println!("domain {} ({}) runs on {}", report.name, report.domid, report.peer);
+        print_warnings(&report.warnings);
     }
     println!(
         "  {:.1} s in all, {} rounds, {:.1} MiB sent",

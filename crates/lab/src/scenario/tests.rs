@@ -112,3 +112,19 @@ fn what_is_missing_or_not_toml_is_said() {
     let error = parse("about = \"no hosts\"").expect_err("no hosts");
     assert!(error.message.contains("host"), "{error}");
 }
+
+/// A slip in one of the project's own would only show once hosts are to be booted for it.
+#[test]
+fn the_projects_own_are_read() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scenarios");
+    let mut count = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "toml") {
+            let text = std::fs::read_to_string(&path).unwrap();
+            Scenario::parse(&path, &text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            count += 1;
+        }
+    }
+    assert!(count > 20, "only {count}");
+}

@@ -90,7 +90,8 @@ impl Destinations {
             let Some(DestinationAction::Send(word)) = actions.into_iter().next() else { return };
             (word, "this host knows nothing of this migration, so it will never run here")
         };
-        let details = serde_json::to_value(WhyDetails { why: vec![why.into()] }).unwrap_or_default();
+        let details =
+            serde_json::to_value(WhyDetails { why: vec![why.into()], warnings: Vec::new() }).unwrap_or_default();
         if let Err(error) = sender.send(&Frame::ToSource(Said { id: said.id, word, details })) {
             tracing::info!("answer about an unknown migration: {error}");
         }

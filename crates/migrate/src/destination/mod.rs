@@ -173,6 +173,7 @@ struct Run {
     blackout_ns: u64,
     timeline: Timeline,
     why: Vec<String>,
+    warnings: Vec<String>,
 }
 
 impl Run {
@@ -208,6 +209,7 @@ impl Run {
             blackout_ns: 0,
             timeline: Timeline::start(Place::Destination),
             why: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 

@@ -3,6 +3,7 @@
 use super::Run;
 use crate::handshake::{DestinationEvent, DestinationRecord};
 use crate::image::Pages;
+use crate::placement;
 use crate::preflight;
 use crate::restore;
 use crate::trouble::{Doing, Result, Trouble};
@@ -33,6 +34,9 @@ impl Run {
     fn try_prepare(&mut self) -> Result<Option<Vec<String>>> {
         let offer = self.offer.clone().ok_or_else(|| Trouble::new("there is no offer"))?;
         let why = preflight::destination(&self.host, &offer)?;
+        let plan = placement::plan(&self.host, &offer).doing("see where it may run here")?;
+        self.warnings = preflight::remarks(&self.host.hypervisor.host_info()?, &offer);
+        self.warnings.extend(plan.warnings.iter().cloned());
         if !why.is_empty() || offer.dry_run {
             return Ok(Some(why));
         }
@@ -41,7 +45,7 @@ impl Run {
         self.shell_is_ours = true;
         let begin = self.begin()?;
         self.append(DestinationRecord::Begin, &begin)?;
-        if let Err(error) = restore::make_shell(&*self.host.hypervisor, dom, &offer.shell) {
+        if let Err(error) = restore::make_shell(&*self.host.hypervisor, dom, &offer.shell, plan.pool) {
             // Somebody else was quicker.
             if let Ok(info) = self.host.hypervisor.domain_info(dom)
                 && info.uuid != offer.identity.uuid
@@ -50,6 +54,7 @@ impl Run {
             }
             return Err(error);
         }
+        self.warnings.extend(placement::apply(&*self.host.hypervisor, dom, &plan));
         self.populated = crate::guest::gfns(&offer.shell.ram).collect();
         self.host.toolstack.prepare(&offer).doing("make its nodes and devices")?;
         Ok(None)

@@ -88,13 +88,15 @@ impl Run {
 
     pub(super) fn say(&mut self, word: ToSource) {
         let details = match word {
-            ToSource::Refuse | ToSource::Returned => serde_json::to_value(WhyDetails { why: self.why.clone() }),
+            ToSource::Accept | ToSource::Refuse | ToSource::Returned => {
+                serde_json::to_value(WhyDetails { why: self.why.clone(), warnings: self.warnings.clone() })
+            }
             ToSource::Ready | ToSource::Running => {
                 let digest = self.digest.value();
                 let blackout_us = self.blackout_ns / 1000;
                 serde_json::to_value(StepsDetails { steps: self.timeline.steps().to_vec(), digest, blackout_us })
             }
-            ToSource::Accept | ToSource::Bye => Ok(serde_json::Value::Null),
+            ToSource::Bye => Ok(serde_json::Value::Null),
         };
         let said = Said { id: self.id, word, details: details.unwrap_or_default() };
         let Some(link) = &self.link else { return };

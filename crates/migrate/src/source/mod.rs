@@ -82,11 +82,14 @@ pub struct StepsDetails {
     pub blackout_us: u64,
 }
 
-/// What the destination says with `Refuse` and `Returned`.
+/// What the destination says with `Accept`, `Refuse` and `Returned`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct WhyDetails {
     #[serde(default)]
     pub why: Vec<String>,
+    /// What will not be as it was, and is no reason to refuse.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// What reaches the migration's thread.
@@ -205,6 +208,7 @@ struct Run {
     started: Instant,
     ending: Ending,
     why: Option<String>,
+    warnings: Vec<String>,
 }
 
 impl Run {
@@ -259,6 +263,7 @@ impl Run {
             started: now,
             ending: Ending::Failed,
             why: None,
+            warnings: Vec::new(),
         }
     }
 

@@ -5,6 +5,7 @@ use crate::capture;
 use crate::guest::Offer;
 use crate::handshake::{ToDestination, ToSource};
 use crate::host::Host;
+use crate::placement;
 use crate::precopy::Limits;
 use crate::preflight;
 use crate::report::millis;
@@ -23,7 +24,10 @@ pub fn judge(host: &Host, dom: DomId, limits: &Limits) -> Result<(Offer, Descrip
         return Err(Trouble::new("the hypervisor extension is not loaded on this host").todo("run `ferry host load`"));
     };
     let guest = host.toolstack.describe(dom)?;
-    preflight::populated(hv, dom)?;
+    // Xen knows nothing of the kind for a PV guest, which is refused as such.
+    if info.hvm {
+        preflight::populated(hv, dom)?;
+    }
     let gt = hv.gt_state(dom)?;
     let why = preflight::source(hv, &here, &info, &gt, &guest)?;
     preflight::reach(hv, &info)?;
@@ -37,6 +41,7 @@ pub fn judge(host: &Host, dom: DomId, limits: &Limits) -> Result<(Offer, Descrip
         build_id: here.build_id.clone(),
         extension_abi: extension.abi_version,
         shell: capture::shell(hv, &info, &gt, &ram)?,
+        placement: placement::capture(hv, &*host.toolstack, &info).doing("read where it may run")?,
         devices: guest.devices.clone(),
         toolstack: guest.details.clone(),
         downtime_limit_ms: millis(limits.downtime),
@@ -45,8 +50,8 @@ pub fn judge(host: &Host, dom: DomId, limits: &Limits) -> Result<(Offer, Descrip
     Ok((offer, guest, why))
 }
 
-/// Asks the destination what it would say to an offer: why not, or nothing. Nothing is made there.
-pub fn ask(host: &Host, peer: &str, offer: &Offer) -> Result<Vec<String>> {
+/// Asks the destination what it would say to an offer: why not, or nothing, and what would not be as it was. Nothing is made there.
+pub fn ask(host: &Host, peer: &str, offer: &Offer) -> Result<WhyDetails> {
     let link = host.connector.connect(peer).map_err(|e| unreachable_peer(peer, e))?;
     let (sender, mut receiver) = link.greet().doing(format!("talk to {peer}"))?;
     let details = serde_json::to_value(Offer { dry_run: true, ..offer.clone() })?;
@@ -54,9 +59,7 @@ pub fn ask(host: &Host, peer: &str, offer: &Offer) -> Result<Vec<String>> {
     let answer = receiver.receive();
     sender.close();
     match answer? {
-        Some(Frame::ToSource(Said { word: ToSource::Refuse, details, .. })) => {
-            Ok(serde_json::from_value::<WhyDetails>(details)?.why)
-        }
+        Some(Frame::ToSource(Said { word: ToSource::Refuse, details, .. })) => Ok(serde_json::from_value(details)?),
         other => Err(Trouble::new(format!("{peer} answered something else than was asked: {other:?}"))),
     }
 }

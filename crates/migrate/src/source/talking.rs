@@ -19,7 +19,9 @@ impl Run {
                 let away_ns = self.away_ns()?.saturating_add(self.half_round_trip_ns());
                 serde_json::to_value(GoDetails { away_ns })?
             }
-            ToDestination::Abort => serde_json::to_value(WhyDetails { why: self.why.clone().into_iter().collect() })?,
+            ToDestination::Abort => {
+                serde_json::to_value(WhyDetails { why: self.why.clone().into_iter().collect(), warnings: Vec::new() })?
+            }
             ToDestination::Moved => serde_json::Value::Null,
         };
         self.last_said = Instant::now();
@@ -253,6 +255,9 @@ impl Run {
                 if let Some(timeline) = &mut self.timeline {
                     timeline.end_remote(details.steps, details.blackout_us, "carry the commit");
                 }
+            }
+            (ToSource::Accept, SourceState::Offering) => {
+                self.warnings = serde_json::from_value::<WhyDetails>(said.details.clone()).unwrap_or_default().warnings;
             }
             (ToSource::Refuse, _) => {
                 self.ending = Ending::Refused;

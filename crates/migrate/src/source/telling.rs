@@ -39,6 +39,7 @@ impl Run {
             moved,
             error: (!moved).then(|| self.why.clone().unwrap_or_else(|| "the daemon was stopped meanwhile".into())),
             ending,
+            warnings: self.warnings.clone(),
             rounds: self.precopy.rounds().to_vec(),
             bytes: self.precopy.total_bytes(),
             total_ms: millis(self.started.elapsed()),

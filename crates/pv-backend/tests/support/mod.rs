@@ -8,6 +8,7 @@ use std::io;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use pv_backend::disk::{Name, SAMPLE, Sample};
 use pv_backend::machine::{BlockDevice, BridgePort, Machine, Script};
 use pv_backend::store::Store;
 use pv_backend::{Error, Result};
@@ -25,6 +26,10 @@ pub struct State {
     pub closes: BTreeSet<String>,
     pub bind_fails: BTreeSet<String>,
     pub disks: BTreeMap<String, BlockDevice>,
+    /// What stands on them, by path and place; zeroes where there is nothing.
+    pub blocks: BTreeMap<(String, u64), Vec<u8>>,
+    /// Places that the guest writes to whenever somebody waits.
+    pub busy: Vec<(String, u64)>,
     pub bridges: BTreeSet<String>,
     pub bridge_ports: BTreeMap<String, BridgePort>,
     pub frames: Vec<(String, Vec<u8>)>,
@@ -294,6 +299,14 @@ impl Machine for Host {
         self.state.lock().unwrap().disks.get(path).cloned().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
+    fn samples(&self, path: &str, places: &[u64]) -> io::Result<Vec<Sample>> {
+        self.block_device(path)?;
+        let state = self.state.lock().unwrap();
+        let zeroes = vec![0; SAMPLE];
+        let block = |at: u64| state.blocks.get(&(path.to_owned(), at)).unwrap_or(&zeroes);
+        Ok(places.iter().map(|at| Sample::of(*at, block(*at))).collect())
+    }
+
     fn module_parameter(&self, _module: &str, name: &str) -> Option<u32> {
         Some(if name == "max_queues" { self.state.lock().unwrap().max_queues } else { 4 })
     }
@@ -314,7 +327,12 @@ impl Machine for Host {
     }
 
     fn sleep(&self, time: Duration) {
-        self.state.lock().unwrap().clock += time;
+        let mut state = self.state.lock().unwrap();
+        state.clock += time;
+        for place in state.busy.clone() {
+            let count = state.blocks.entry(place).or_insert_with(|| vec![0; SAMPLE]);
+            count[0] = count[0].wrapping_add(1);
+        }
     }
 }
 
@@ -341,5 +359,6 @@ pub fn disk() -> BlockDevice {
         physical_block: 4096,
         write_back: false,
         read_only: false,
+        name: Some(Name { kind: "serial".into(), value: "lun".into(), start: 0 }),
     }
 }
