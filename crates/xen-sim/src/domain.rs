@@ -1,6 +1,6 @@
 //! One simulated domain.
 
-use crate::guest::{COUNTER, Program};
+use crate::guest::{COUNTER, Program, still_page};
 use hypervisor::*;
 use std::collections::{BTreeMap, BTreeSet};
 use xen_abi::domctl::SCHEDULER_CREDIT2;
@@ -181,6 +181,9 @@ impl Domain {
                 ..GtVcpu::default()
             })
             .collect();
+        for gfn in program.still_gfns() {
+            self.write(gfn, 0, &still_page(gfn));
+        }
         // Xen writes there by itself, and nothing marks it.
         for gfn in [8, 9, 10] {
             self.write(Gfn(gfn), 0, &[gfn as u8; 64]);

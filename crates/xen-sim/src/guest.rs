@@ -1,5 +1,6 @@
-//! What a simulated guest does when it runs: every tick it writes to one page, chosen by the tick's number, and counts in another. So
-//! its memory after n ticks can be computed again, and a page that was lost or is stale shows.
+//! What a simulated guest does when it runs: every tick it writes to one page, chosen by the tick's number, and counts in another. Other
+//! pages it has filled long ago and lets be: those are sent once, and nothing heals what happens to them on the way. So its memory after
+//! n ticks can be computed again, and a page that was lost, is stale or damaged shows.
 
 use hypervisor::{Gfn, PAGE_SIZE};
 use std::collections::BTreeMap;
@@ -16,11 +17,19 @@ pub struct Program {
     pub pages: u64,
     /// gfns 16..16 + working_set are written to.
     pub working_set: u64,
+    /// So many gfns behind them hold what it wrote long ago.
+    pub still: u64,
     /// Ticks for each time that somebody looks at its memory while it runs.
     pub ticks: u64,
 }
 
 impl Program {
+    /// Pages that it lets be.
+    pub fn still_gfns(&self) -> impl Iterator<Item = Gfn> {
+        let first = FIRST + self.working_set;
+        (first..first + self.still).map(Gfn)
+    }
+
     /// The page that tick `n` writes to, and the offset.
     pub fn target(&self, n: u64) -> (Gfn, usize) {
         let mixed = n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(17);
@@ -28,9 +37,15 @@ impl Program {
     }
 }
 
-/// The pages that a guest's ticks have written, after `ticks` of them.
+/// What a page holds that the guest lets be: no two words of all of them are the same.
+pub fn still_page(gfn: Gfn) -> Vec<u8> {
+    let words = PAGE_SIZE as u64 / 8;
+    (0..words).flat_map(|n| (gfn.0 * words + n).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()).collect()
+}
+
+/// The pages that a guest has written, after `ticks` ticks.
 pub fn expected_memory(program: &Program, ticks: u64) -> BTreeMap<Gfn, Vec<u8>> {
-    let mut memory: BTreeMap<Gfn, Vec<u8>> = BTreeMap::new();
+    let mut memory: BTreeMap<Gfn, Vec<u8>> = program.still_gfns().map(|gfn| (gfn, still_page(gfn))).collect();
     for n in 1..=ticks {
         let (gfn, offset) = program.target(n);
         let page = memory.entry(gfn).or_insert_with(|| vec![0; PAGE_SIZE]);

@@ -7,5 +7,5 @@ mod guest;
 pub mod toolstack;
 mod xen;
 
-pub use guest::{Program, expected_memory};
+pub use guest::{FIRST, Program, expected_memory, still_page};
 pub use xen::{SimXen, World};
