@@ -8,9 +8,10 @@ use crate::keeper::{self, Book};
 use crate::learned::Learned;
 use anyhow::{Context, Result, bail};
 use hypervisor::{DirtyBitmap, DomId, Hypervisor};
+use migrate::command::NotDone;
 use migrate::destination::{Destinations, role_of};
 use migrate::fault_points::Plant;
-use migrate::handshake::{Denied, DestinationState, SourceState};
+use migrate::handshake::{DestinationState, SourceState};
 use migrate::host::{Fault, Faults, Host, NoFaults, Timeouts};
 use migrate::journal::{Journal, Role};
 use migrate::link::{Connector, Link, Tcp};
@@ -414,11 +415,12 @@ impl Answers {
         self.say(&Answer::Failed { exit: exit as u8, message })
     }
 
-    fn outcome(&mut self, which: &str, done: Option<std::result::Result<(), Denied>>) -> Result<()> {
+    fn outcome(&mut self, which: &str, done: Option<std::result::Result<(), NotDone>>) -> Result<()> {
         match done {
             None => self.failed(Exit::Failed, format!("no migration {which} is under way; `ferry status` lists them")),
             Some(Ok(())) => self.say(&Answer::Done),
-            Some(Err(denied)) => self.failed(Exit::Refused, format!("{which}: {denied}")),
+            Some(Err(NotDone::Denied(denied))) => self.failed(Exit::Refused, format!("{which}: {denied}")),
+            Some(Err(busy)) => self.failed(Exit::Unresolved, format!("{which}: {busy}")),
         }
     }
 
@@ -430,10 +432,11 @@ impl Answers {
             _ => Some(Exit::Failed),
         };
         let message = format!(
-            "domain {} ({}) was not moved to {} and runs here: {}",
+            "domain {} ({}) was not moved to {} and {}: {}",
             report.name,
             report.domid,
             report.peer,
+            report.left,
             report.error.as_deref().unwrap_or("no reason is known")
         );
         self.say(&Answer::Report(Box::new(report)))?;

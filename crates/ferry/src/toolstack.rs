@@ -66,8 +66,11 @@ fn inventory(details: &serde_json::Value) -> Result<Inventory> {
     Ok(Details::read(details)?.inventory)
 }
 
+/// A guest may be paused while the store is asked. Healthy, it answers within milliseconds; its update may take a second.
+const STORE_ANSWERS: Duration = Duration::from_secs(5);
+
 fn store() -> Result<Client> {
-    Client::open().doing("")
+    Client::open_within(STORE_ANSWERS).doing("")
 }
 
 impl ServiceDomain {
@@ -253,6 +256,16 @@ impl Toolstack for ServiceDomain {
         {
             tracing::warn!("domain {}: {error}", guest.identity.domid);
         }
+        self.holds().remove(&guest.identity.domid.0);
+        undo::remove(&self.undo, guest.identity.uuid)
+    }
+
+    fn is_detached(&self, guest: &Description) -> bool {
+        // What a roll-back needs is on disk before any of them is touched.
+        !matches!(undo::read(&self.undo, guest.identity.uuid, guest.identity.domid.0), Ok(None))
+    }
+
+    fn abandon(&self, guest: &Description) -> Result<()> {
         self.holds().remove(&guest.identity.domid.0);
         undo::remove(&self.undo, guest.identity.uuid)
     }

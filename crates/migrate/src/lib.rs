@@ -1,6 +1,7 @@
 //! The migration engine.
 
 pub mod capture;
+pub mod command;
 mod cpu;
 mod dirty_log;
 pub mod fault_points;

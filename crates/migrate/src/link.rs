@@ -4,6 +4,7 @@ use crate::wire::{self, Frame, WireError};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -118,10 +119,29 @@ impl Sender {
         (self.close)();
     }
 
+    /// Closes the connection after this time unless the answer is dropped before: whoever is stuck in a write to it gets an error.
+    pub fn close_after(&self, time: Duration) -> io::Result<Fuse> {
+        let (fuse, cut) = mpsc::channel::<()>();
+        let close = self.close.clone();
+        std::thread::Builder::new().name("fuse".into()).spawn(move || {
+            if cut.recv_timeout(time) == Err(mpsc::RecvTimeoutError::Timeout) {
+                close();
+            }
+        })?;
+        Ok(Fuse { _cut: fuse })
+    }
+
     /// Whether this is the same connection.
     pub fn is(&self, other: &Sender) -> bool {
         Arc::ptr_eq(&self.writer, &other.writer)
     }
+}
+
+/// A connection is closed when its time is over, unless this is dropped before.
+#[derive(Debug)]
+#[must_use]
+pub struct Fuse {
+    _cut: mpsc::Sender<()>,
 }
 
 /// The reading half.
@@ -199,6 +219,18 @@ mod tests {
             sender.send(&Frame::Ping(1)).unwrap();
         });
         assert_eq!(receiver.receive().unwrap(), Some(Frame::Ping(1)));
+    }
+
+    #[test]
+    fn a_write_that_is_stuck_ends_with_the_fuse() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let other = std::thread::spawn(move || Link::unix(there).unwrap().greet().unwrap());
+        let (sender, _receiver) = Link::unix(here).unwrap().greet().unwrap();
+        let _silent = other.join().unwrap();
+        let _fuse = sender.close_after(Duration::from_millis(50)).unwrap();
+        let piece = vec![0; 1 << 20];
+        let stuck = (0..100).map(|_| sender.stream(&piece, crc32fast::hash(&piece))).find(Result::is_err);
+        assert!(stuck.is_some(), "nobody reads, and nothing stopped");
     }
 
     #[test]

@@ -31,6 +31,9 @@ impl Default for Limits {
 /// So few pages are not worth another round.
 const FEW: u64 = 64;
 
+/// The blackout may take so many times what was expected of it, if the operator's limit is not more anyhow.
+const EXPECTED_TIMES: u32 = 4;
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Judgement {
     /// Copy what was dirtied meanwhile.
@@ -180,6 +183,13 @@ impl Precopy {
         Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX))
     }
 
+    /// How long the guest may be paused before the move is given up because the other host, or the way there, is too slow: what the operator
+    /// allows, and several times what was expected, since a move that is nearly done is worth a little more.
+    pub fn patience(&self, least: Duration, most: Duration) -> Duration {
+        let expected = self.limits.fixed + self.time_to_send(self.pages);
+        self.limits.downtime.max(expected * EXPECTED_TIMES).clamp(least, most.max(least))
+    }
+
     /// After the pause, with the true number of pages left: why this would break the limit.
     pub fn too_late(&self, away: Duration, pages: u64) -> Option<String> {
         let expected = away + self.time_to_send(pages);
@@ -236,6 +246,23 @@ mod tests {
         assert_eq!(judge_after(3000), Judgement::Again);
         assert_eq!(judge_after(2900), Judgement::Freeze);
         assert_eq!(judge_after(FEW), Judgement::Freeze);
+    }
+
+    #[test]
+    fn patience_is_what_the_operator_allows_or_a_few_times_what_was_expected() {
+        let (least, most) = (Duration::from_secs(3), Duration::from_secs(60));
+        let of = |downtime, fixed| {
+            let limits = Limits {
+                downtime: Duration::from_millis(downtime),
+                fixed: Duration::from_millis(fixed),
+                ..Limits::default()
+            };
+            Precopy::new(limits).patience(least, most).as_millis()
+        };
+        assert_eq!(of(300, 50), 3000);
+        assert_eq!(of(5000, 50), 5000);
+        assert_eq!(of(300, 1500), 6000);
+        assert_eq!(of(600_000, 50), 60_000);
     }
 
     #[test]

@@ -84,12 +84,40 @@ pub struct Report {
     /// What is not on the destination as it was, though nothing that the guest could notice.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// What is on this host of it, now that the migration is over.
+    #[serde(default)]
+    pub left: Left,
     pub rounds: Vec<Round>,
     pub bytes: u64,
     pub total_ms: u64,
     /// From the pause to the unpause, split; the steps add up to it. For a guest that stayed: how long it was paused.
     pub blackout_us: u64,
     pub steps: Vec<Step>,
+}
+
+/// What a host has of a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Left {
+    Runs,
+    Paused,
+    ShutDown,
+    Gone,
+    #[default]
+    Unknown,
+}
+
+impl std::fmt::Display for Left {
+    /// Behind "the guest …".
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Left::Runs => "runs here",
+            Left::Paused => "is here, but paused (`xl unpause` lets it run)",
+            Left::ShutDown => "is here, but has shut down",
+            Left::Gone => "is gone: it was destroyed meanwhile",
+            Left::Unknown => "may be here: Xen did not say (see `xl list`)",
+        })
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -59,6 +59,12 @@ pub trait Toolstack: Send + Sync {
     /// of it seen by the guest. The guest is still paused.
     fn unfreeze(&self, guest: &Description) -> Result<()>;
 
+    /// Whether the backends may have been touched since the freeze, so that the guest must not run before [`Toolstack::unfreeze`] has succeeded.
+    fn is_detached(&self, guest: &Description) -> bool;
+
+    /// The guest was destroyed while it was frozen: let go of what was held for it. Its nodes are not ours to remove.
+    fn abandon(&self, guest: &Description) -> Result<()>;
+
     /// The guest runs elsewhere and its domain here is gone: remove nodes, devices and files, keep its domid from being used again soon.
     fn forget(&self, guest: &Description) -> Result<()>;
 

@@ -7,6 +7,7 @@ use migrate::guest::{Device, GuestKind, Identity, Offer};
 use migrate::toolstack::{Description, Luggage, StoreNode, Toolstack};
 use migrate::{Result, Trouble};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
@@ -28,11 +29,19 @@ pub struct SimToolstack {
     pools: Arc<Mutex<BTreeMap<u32, String>>>,
     /// What [`Toolstack::fits`] answers, for tests of refusals.
     pub lacks: Vec<String>,
+    /// The store answers nobody.
+    hangs: Arc<AtomicBool>,
 }
 
 impl SimToolstack {
     pub fn new(xen: &SimXen) -> Self {
-        SimToolstack { xen: xen.clone(), guests: Arc::default(), pools: Arc::default(), lacks: Vec::new() }
+        SimToolstack {
+            xen: xen.clone(),
+            guests: Arc::default(),
+            pools: Arc::default(),
+            lacks: Vec::new(),
+            hangs: Arc::default(),
+        }
     }
 
     pub fn add(&self, dom: DomId, name: &str) {
@@ -46,6 +55,18 @@ impl SimToolstack {
 
     pub fn guest(&self, dom: DomId) -> Option<Guest> {
         self.guests().get(&dom).cloned()
+    }
+
+    /// From now on the store answers nobody, or does again.
+    pub fn hang(&self, hangs: bool) {
+        self.hangs.store(hangs, Ordering::SeqCst);
+    }
+
+    fn store(&self) -> Result<MutexGuard<'_, BTreeMap<DomId, Guest>>> {
+        if self.hangs.load(Ordering::SeqCst) {
+            return Err(Trouble::new("xenstored did not answer"));
+        }
+        Ok(self.guests())
     }
 
     fn guests(&self) -> MutexGuard<'_, BTreeMap<DomId, Guest>> {
@@ -90,21 +111,21 @@ impl Toolstack for SimToolstack {
     }
 
     fn freeze(&self, guest: &Description) -> Result<()> {
-        let mut guests = self.guests();
+        let mut guests = self.store()?;
         let g = guests.get_mut(&guest.identity.domid).ok_or_else(|| Trouble::new("gone"))?;
         g.frozen = true;
         Ok(())
     }
 
     fn detach(&self, guest: &Description) -> Result<()> {
-        let mut guests = self.guests();
+        let mut guests = self.store()?;
         let g = guests.get_mut(&guest.identity.domid).ok_or_else(|| Trouble::new("gone"))?;
         g.attached = false;
         Ok(self.xen.bind_ports(guest.identity.domid, false)?)
     }
 
     fn pack(&self, guest: &Description) -> Result<Luggage> {
-        let guests = self.guests();
+        let guests = self.store()?;
         let g = guests.get(&guest.identity.domid).ok_or_else(|| Trouble::new("gone"))?;
         if !g.frozen || g.attached {
             return Err(Trouble::new("the store was read before it was frozen and the backends were off"));
@@ -117,10 +138,18 @@ impl Toolstack for SimToolstack {
     }
 
     fn unfreeze(&self, guest: &Description) -> Result<()> {
-        let mut guests = self.guests();
+        let mut guests = self.store()?;
         let g = guests.get_mut(&guest.identity.domid).ok_or_else(|| Trouble::new("gone"))?;
         (g.frozen, g.attached) = (false, true);
         Ok(self.xen.bind_ports(guest.identity.domid, true)?)
+    }
+
+    fn is_detached(&self, guest: &Description) -> bool {
+        self.guests().get(&guest.identity.domid).is_some_and(|g| !g.attached)
+    }
+
+    fn abandon(&self, _guest: &Description) -> Result<()> {
+        Ok(())
     }
 
     fn forget(&self, guest: &Description) -> Result<()> {

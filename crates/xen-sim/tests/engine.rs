@@ -2,11 +2,13 @@
 
 use hypervisor::{Affinity, CpuPool, DomId, Gfn, GtPortKind, Hypervisor, Share};
 use migrate::Limits;
+use migrate::command::NotDone;
 use migrate::destination::{Destinations, role_of};
+use migrate::handshake::{Denied, SourceState};
 use migrate::host::{Fault, Faults, Host, Timeouts};
 use migrate::journal::{Journal, Role};
 use migrate::link::{Connector, Link};
-use migrate::report::{Ending, Report};
+use migrate::report::{Ending, Left, Report};
 use migrate::source::{self, Handle, Request};
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -32,7 +34,9 @@ type Hook = (String, Box<dyn FnOnce() + Send>);
 impl Faults for Planted {
     fn at(&self, point: &str) -> Option<Fault> {
         self.1.lock().unwrap().push(point.into());
-        if let Some((_, happen)) = self.2.lock().unwrap().take_if(|(at, _)| at == point) {
+        // Not under the lock: the other host has its points too.
+        let happens = self.2.lock().unwrap().take_if(|(at, _)| at == point);
+        if let Some((_, happen)) = happens {
             happen();
         }
         let mut planted = self.0.lock().unwrap();
@@ -882,5 +886,103 @@ fn what_of_pool_share_and_affinity_does_not_fit_is_said_and_stops_nothing() {
     assert_eq!(there.domain_info(DOM).unwrap().cpupool, 0);
     assert_eq!(there.share(DOM, SCHEDULER_CREDIT2).unwrap().weight, 700);
     assert_eq!(there.affinity(DOM, 1).unwrap(), Affinity::default());
+    lab.settled_on(1);
+}
+
+/// What an operator does with stock tools while the other host restores the guest: the commit does not follow.
+#[test]
+fn what_others_do_to_a_frozen_guest_is_seen_before_the_commit() {
+    type Meddle = fn(&SimXen);
+    let cases: [(&str, Meddle, Left); 3] = [
+        ("it has been destroyed while it was being moved", |xen| xen.destroy(DOM).unwrap(), Left::Gone),
+        ("somebody has unpaused it", |xen| while xen.unpause(DOM).is_ok() {}, Left::Runs),
+        ("its memory limit was changed", |xen| xen.set_max_mem(DOM, 9000).unwrap(), Left::Runs),
+    ];
+    for (text, meddle, left) in cases {
+        let lab = Lab::new();
+        let xen = lab.xen[0].clone();
+        let hook: Hook = ("source.after.send-final".into(), Box::new(move || meddle(&xen)));
+        *lab.planted.2.lock().unwrap() = Some(hook);
+        let report = lab.migrate();
+        assert!(!report.moved, "{text}");
+        let error = report.error.unwrap();
+        assert!(error.contains(text), "{text:?} is not in {error:?}");
+        assert_eq!(report.left, left);
+        if left == Left::Runs {
+            lab.settled_on(0);
+        } else {
+            wait("both to end", || idle(&lab));
+            assert_eq!(lab.runs_on(), [""; 0]);
+            assert!(lab.xen[1].domain_info(DOM).is_err(), "what was destroyed does not come back elsewhere");
+        }
+    }
+}
+
+#[test]
+fn a_guest_whose_memory_limit_changes_meanwhile_stays() {
+    let lab = Lab::new();
+    let xen = lab.xen[0].clone();
+    let hook: Hook = ("source.before.freeze".into(), Box::new(move || xen.set_max_mem(DOM, 9000).unwrap()));
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    let report = lab.migrate();
+    assert!(report.error.unwrap().contains("its memory limit was changed while its memory was copied"));
+    lab.settled_on(0);
+}
+
+/// Whatever keeps the other host from restoring, the guest is not held for longer than the operator's limit and a little.
+#[test]
+fn a_destination_that_takes_too_long_does_not_hold_the_guest() {
+    let mut lab = Lab::new();
+    lab.hosts[0].timeouts.ready = (Duration::from_millis(300), Duration::from_secs(60));
+    let hook: Hook = ("destination.before.restore".into(), Box::new(|| std::thread::sleep(Duration::from_secs(3))));
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    let limits = Limits { downtime: Duration::from_millis(300), ..Limits::default() };
+    let report = report(&source::start(&lab.hosts[0], Request { limits, ..lab.request() }).unwrap());
+    assert!(!report.moved);
+    let error = report.error.unwrap();
+    assert!(error.contains("b did not answer in 300ms; raise --downtime-limit"), "{error}");
+    assert!((300_000..2_000_000).contains(&report.blackout_us), "paused for {} us", report.blackout_us);
+    lab.settled_on(0);
+}
+
+/// A store that hangs: the guest, whose backends nobody has touched yet, does not wait for it.
+#[test]
+fn a_store_that_hangs_does_not_keep_the_guest_paused() {
+    let lab = Lab::new();
+    let toolstack = lab.toolstacks[0].clone();
+    let hook: Hook = ("source.before.freeze".into(), Box::new(move || toolstack.hang(true)));
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    let handle = source::start(&lab.hosts[0], lab.request()).unwrap();
+    wait("the roll-back to be stuck", || handle.progress().waiting_for.is_some());
+    assert_eq!(lab.runs_on(), ["a"]);
+    assert!(handle.report().is_none());
+    // A roll-back that is tried again and again still answers.
+    let asked = Instant::now();
+    assert_eq!(handle.cancel(), Ok(()));
+    assert_eq!(handle.resolve(true), Err(Denied::NothingToResolve.into()));
+    assert!(asked.elapsed() < Duration::from_secs(1));
+    // It is somebody's own pause from here on.
+    lab.xen[0].pause(DOM).unwrap();
+    lab.toolstacks[0].hang(false);
+    let report = report(&handle);
+    assert!(report.error.unwrap().contains("xenstored did not answer"));
+    assert_eq!(report.left, Left::Paused);
+    lab.xen[0].unpause(DOM).unwrap();
+    lab.settled_on(0);
+}
+
+/// A step that hangs: whoever commands is told so, and what he said is not done later behind his back.
+#[test]
+fn a_command_to_a_migration_that_hangs_is_answered() {
+    let lab = Lab::new();
+    let (go_on, hangs) = std::sync::mpsc::channel::<()>();
+    let hook: Hook = ("source.before.freeze".into(), Box::new(move || hangs.recv().unwrap_or_default()));
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    let handle = source::start(&lab.hosts[0], lab.request()).unwrap();
+    wait("the pause", || handle.state() == Some(SourceState::Freezing));
+    let error = handle.cancel().unwrap_err();
+    assert!(matches!(&error, NotDone::Busy { state, .. } if state == "freezing"), "{error:?}");
+    drop(go_on);
+    assert!(report(&handle).moved, "the command came too late");
     lab.settled_on(1);
 }

@@ -26,6 +26,16 @@ pub enum Error {
     /// The connection broke.
     #[error("connection to xenstored lost")]
     Io(#[source] std::io::Error),
+    /// The daemon has not answered within the limit ([`crate::Client::open_within`]), or another request before.
+    #[error("xenstore {} {what}: no answer within {limit:?}; xenstored hangs or is stopped, see to it on this host", op.name())]
+    TimedOut {
+        /// The operation.
+        op: Op,
+        /// The path or domain.
+        what: String,
+        /// How long was waited.
+        limit: std::time::Duration,
+    },
     /// The daemon does not speak the protocol.
     #[error("xenstore {}: unexpected answer: {what}", op.name())]
     Protocol {

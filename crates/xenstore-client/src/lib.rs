@@ -54,6 +54,10 @@ pub struct Client {
     events: VecDeque<Event>,
     next_req: u32,
     tx: u32,
+    /// For each request.
+    limit: Option<Duration>,
+    /// An answer has not come in time; it could come later and be taken for another's.
+    late: bool,
 }
 
 impl Client {
@@ -63,6 +67,21 @@ impl Client {
             return Client::connect(p);
         }
         if Path::new(DEFAULT_SOCKET).exists() { Client::connect(DEFAULT_SOCKET) } else { Client::open_device() }
+    }
+
+    /// As [`Client::open`]; connecting, and then each request, fails when the daemon has not answered within `limit`. After that the
+    /// connection is of no use any more. A device has no limit for writing.
+    pub fn open_within(limit: Duration) -> Result<Client> {
+        match std::env::var_os("XENSTORED_PATH") {
+            Some(path) => Client::connect_within(path, limit),
+            None if Path::new(DEFAULT_SOCKET).exists() => Client::connect_within(DEFAULT_SOCKET, limit),
+            None => Ok(Client { limit: Some(limit), ..Client::open_device()? }),
+        }
+    }
+
+    /// As [`Client::connect`], with a limit as for [`Client::open_within`].
+    pub fn connect_within(path: impl AsRef<Path>, limit: Duration) -> Result<Client> {
+        Ok(Client { limit: Some(limit), ..Client::over(Transport::connect_within(path.as_ref(), limit)?) })
     }
 
     /// Connects to a daemon's socket.
@@ -83,6 +102,8 @@ impl Client {
             events: VecDeque::new(),
             next_req: 1,
             tx: 0,
+            limit: None,
+            late: false,
         }
     }
 
@@ -97,9 +118,24 @@ impl Client {
         }
         let id = self.next_req;
         self.next_req = self.next_req.wrapping_add(1).max(1);
-        self.io.send(&Message::new(op.to_wire(), id, tx, body.to_vec()).to_bytes())?;
+        let limit = self.limit.unwrap_or_default();
+        let late = || Error::TimedOut { op, what: what.into(), limit };
+        if self.late {
+            return Err(late());
+        }
+        let deadline = self.limit.map(|limit| Instant::now() + limit);
+        match self.io.send(&Message::new(op.to_wire(), id, tx, body.to_vec()).to_bytes()) {
+            Err(Error::Io(e)) if self.limit.is_some() && e.kind() == std::io::ErrorKind::WouldBlock => {
+                self.late = true;
+                return Err(late());
+            }
+            sent => sent?,
+        }
         loop {
-            let m = self.next_message(None)?.ok_or_else(|| Error::protocol(op, "no reply"))?;
+            let Some(m) = self.next_message(deadline)? else {
+                self.late = true;
+                return Err(late());
+            };
             if m.header.op == Op::WatchEvent.to_wire() {
                 self.queue_event(&m)?;
                 continue;
@@ -393,5 +429,67 @@ impl Nodes for Client {
 impl Nodes for Transaction<'_> {
     fn node_request(&mut self, op: Op, body: &[u8], path: &str) -> Result<Vec<u8>> {
         self.client.request(op, self.id, body, path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    const LIMIT: Duration = Duration::from_millis(50);
+
+    fn daemon() -> (tempfile::TempDir, std::path::PathBuf, UnixListener) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        (dir, path, listener)
+    }
+
+    /// A daemon that is stopped: its kernel takes the connection and the request, nobody answers.
+    #[test]
+    fn a_daemon_that_hangs_is_given_up() {
+        let (_dir, path, listener) = daemon();
+        let mut client = Client::connect_within(&path, LIMIT).unwrap();
+        let since = Instant::now();
+        let error = client.read("/local").unwrap_err();
+        assert!(matches!(error, Error::TimedOut { op: Op::Read, .. }), "{error}");
+        assert!(error.to_string().contains("xenstore READ /local: no answer within 50ms"), "{error}");
+        assert!(since.elapsed() >= LIMIT);
+        // The answer comes after all; the next request's it is not.
+        let (mut stream, _) = listener.accept().unwrap();
+        std::io::Write::write_all(&mut stream, &Message::new(Op::Read.to_wire(), 1, 0, b"late".to_vec()).to_bytes())
+            .unwrap();
+        assert!(matches!(client.read("/other").unwrap_err(), Error::TimedOut { .. }));
+    }
+
+    #[test]
+    fn a_full_queue_is_given_up() {
+        let (_dir, path, _listener) = daemon();
+        let since = Instant::now();
+        let mut taken = Vec::new();
+        let error = loop {
+            match Client::connect_within(&path, LIMIT) {
+                Ok(client) => taken.push(client),
+                Err(error) => break error,
+            }
+            assert!(taken.len() < 10_000, "the queue has no end");
+        };
+        assert!(matches!(error, Error::Connect { .. }), "{error}");
+        assert!(since.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn an_answer_in_time_is_an_answer() {
+        let (_dir, path, listener) = daemon();
+        let answer = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let answer = Message::new(Op::Read.to_wire(), 1, 0, b"value".to_vec()).to_bytes();
+            std::io::Write::write_all(&mut stream, &answer).unwrap();
+            stream
+        });
+        let mut client = Client::connect_within(&path, Duration::from_secs(20)).unwrap();
+        assert_eq!(client.read("/local").unwrap(), b"value");
+        answer.join().unwrap();
     }
 }

@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[derive(Debug)]
 pub(crate) enum Transport {
@@ -17,6 +17,18 @@ impl Transport {
     pub(crate) fn connect(path: &Path) -> Result<Transport> {
         let fail = |source| Error::Connect { path: path.display().to_string(), source };
         Ok(Transport::Socket(UnixStream::connect(path).map_err(fail)?))
+    }
+
+    /// Also connecting waits no longer: a daemon that is stopped takes no connection from its full queue.
+    pub(crate) fn connect_within(path: &Path, limit: Duration) -> Result<Transport> {
+        use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt};
+        let open = || -> std::io::Result<UnixStream> {
+            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+            sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(limit))?;
+            connect(&socket, &SocketAddrUnix::new(path)?)?;
+            Ok(socket.into())
+        };
+        Ok(Transport::Socket(open().map_err(|source| Error::Connect { path: path.display().to_string(), source })?))
     }
 
     pub(crate) fn device(path: &Path) -> Result<Transport> {

@@ -90,7 +90,7 @@ impl Run {
                 Err(error) => {
                     tracing::error!("{}: {name}: {error}; trying again", self.title());
                     self.show(|i| i.waiting_for = Some(format!("{name}: {error}")));
-                    std::thread::sleep(self.host.timeouts.reconnect);
+                    self.rest();
                 }
             }
         }

@@ -10,6 +10,7 @@ mod talking;
 
 pub use acting::action_name;
 
+use crate::command::{self, Command, NotDone};
 use crate::guest::{GuestState, Offer};
 use crate::handshake::{
     Denied, Destination, DestinationAction, DestinationEvent, DestinationRecord, DestinationState, ToDestination,
@@ -46,7 +47,8 @@ enum Input {
     Word(Sender, Said<ToDestination>),
     Stream(Sender, Piece),
     Lost(Sender),
-    Operator(bool, mpsc::Sender<std::result::Result<(), Denied>>),
+    /// The source is fenced, or not.
+    Operator(Command<bool>),
 }
 
 /// An incoming migration, for whoever watches.
@@ -110,12 +112,19 @@ impl Destinations {
     }
 
     /// The operator decides a migration that waits for its source.
-    pub fn resolve(&self, id: Uuid, peer_fenced: bool) -> std::result::Result<(), Denied> {
-        let tx = self.running.lock().unwrap_or_else(PoisonError::into_inner).get(&id).map(|(tx, _)| tx.clone());
-        let (answer, answered) = mpsc::channel();
-        let tx = tx.ok_or(Denied::NothingToResolve)?;
-        tx.send(Input::Operator(peer_fenced, answer)).map_err(|_| Denied::NothingToResolve)?;
-        answered.recv().unwrap_or(Err(Denied::NothingToResolve))
+    pub fn resolve(&self, id: Uuid, peer_fenced: bool) -> std::result::Result<(), NotDone> {
+        let entry = self.running.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
+        let (tx, incoming) = entry.ok_or(Denied::NothingToResolve)?;
+        let look = || {
+            let incoming = incoming.lock().unwrap_or_else(PoisonError::into_inner);
+            (incoming.state, incoming.waiting_for.clone())
+        };
+        let (command, answer) = Command::new(peer_fenced);
+        match tx.try_send(Input::Operator(command)) {
+            Ok(()) => answer.wait(look),
+            Err(mpsc::TrySendError::Full(_)) => Err(command::busy(look())),
+            Err(mpsc::TrySendError::Disconnected(_)) => Err(Denied::NothingToResolve.into()),
+        }
     }
 }
 

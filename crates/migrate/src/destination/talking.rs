@@ -7,6 +7,7 @@ use crate::report::{Place, Timeline};
 use crate::restore::Away;
 use crate::source::{GoDetails, StepsDetails, WhyDetails};
 use crate::wire::{Frame, Said};
+use std::time::Instant;
 
 impl Run {
     pub(super) fn take(&mut self, input: Input) {
@@ -31,14 +32,16 @@ impl Run {
                     self.hear(DestinationEvent::LinkLost);
                 }
             }
-            Input::Operator(peer_fenced, answer) => {
+            Input::Operator(command) if command.is_stale() => {}
+            Input::Operator(command) => {
+                let peer_fenced = command.what;
                 let actions = self.machine.on(DestinationEvent::Resolve { peer_fenced });
                 let denied = actions.iter().find_map(|a| match a {
                     DestinationAction::Deny(denied) => Some(*denied),
                     _ => None,
                 });
                 self.todo.extend(actions);
-                let _ = answer.send(denied.map_or(Ok(()), Err));
+                command.answer(denied.map_or(Ok(()), Err));
             }
         }
     }
@@ -84,6 +87,15 @@ impl Run {
             }
         }
         self.hear(DestinationEvent::Peer(said.word));
+    }
+
+    /// Waits before a step is tried again. What comes meanwhile changes nothing, but an operator wants an answer.
+    pub(super) fn rest(&mut self) {
+        let until = Instant::now() + self.host.timeouts.reconnect;
+        while let Some(left) = until.checked_duration_since(Instant::now()) {
+            let Ok(input) = self.input.recv_timeout(left) else { return };
+            self.take(input);
+        }
     }
 
     pub(super) fn say(&mut self, word: ToSource) {

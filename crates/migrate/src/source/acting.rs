@@ -96,7 +96,7 @@ impl Run {
                 Err(error) => {
                     tracing::error!("{}: {name}: {error}; trying again", self.title());
                     self.progress(|p| p.waiting_for = Some(format!("{name}: {error}")));
-                    std::thread::sleep(self.host.timeouts.reconnect);
+                    self.rest();
                 }
             }
         }

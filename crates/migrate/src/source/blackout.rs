@@ -8,7 +8,7 @@ use crate::image;
 use crate::report::{Ending, Place, Timeline};
 use crate::restore::PAUSES;
 use crate::trouble::{Doing, Result, Trouble};
-use hypervisor::{DirtyBitmap, Gfn, GtStep, PageType};
+use hypervisor::{DirtyBitmap, Gfn, GtStep, PAGE_SIZE, PageType};
 use std::collections::BTreeSet;
 use std::thread;
 use std::time::Duration;
@@ -28,6 +28,9 @@ impl Run {
             self.freeze = None;
             return Err(Trouble::new("somebody has paused it while its memory was copied"));
         }
+        // A peer that takes nothing more holds up the sending for half a minute else.
+        let patience = self.patience();
+        let fuse = self.link.as_ref().map(|link| link.close_after(patience)).transpose()?;
         let timeline = self.timeline.insert(Timeline::start(Place::Source));
         for _ in 0..PAUSES {
             hv.pause(dom)?;
@@ -77,7 +80,9 @@ impl Run {
         self.mark("export the store");
         image::write_tail(&mut self.encoder, &state, &luggage);
         self.state = Some(state);
-        self.flush()
+        self.flush()?;
+        drop(fuse);
+        Ok(())
     }
 
     /// Nothing but its own vCPUs and watchdogs can shut the guest down, and they stand still now. One that shut down while its memory was
@@ -87,10 +92,33 @@ impl Run {
         if info.uuid != self.guest.identity.uuid || info.dying {
             return Err(Trouble::new("it has been destroyed while its memory was copied"));
         }
+        if info.max_pages.saturating_mul(PAGE_SIZE as u64 / 1024) != self.offer.shell.max_mem_kib {
+            // The other host's copy has the old one, and the guest's balloon would meet it.
+            return Err(Trouble::new(
+                "its memory limit was changed while its memory was copied (xl mem-set or mem-max)",
+            )
+            .todo("try again"));
+        }
         match info.shutdown {
             Some(reason) => Err(Trouble::new(format!("it shut down while its memory was copied (reason {reason})"))),
             None => Ok(()),
         }
+    }
+
+    /// The last look before the commit: what others may have done to it while the other host restored it.
+    pub(super) fn still_held(&self) -> Result<()> {
+        match self.host.hypervisor.domain_info(self.dom()) {
+            Err(error) if error.is_no_such_domain() => {
+                return Err(Trouble::new("it has been destroyed while it was being moved"));
+            }
+            Err(error) => return Err(error).doing("look at it before the commit"),
+            Ok(info) if !info.paused && info.uuid == self.guest.identity.uuid => {
+                return Err(Trouble::new("somebody has unpaused it again and again, and it has run on")
+                    .todo("let it be until the move is over"));
+            }
+            Ok(_) => {}
+        }
+        self.still_whole()
     }
 
     /// The dirty pages that are memory, and every page that is known on one side only.

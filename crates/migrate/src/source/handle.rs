@@ -1,6 +1,7 @@
 //! What others hold of a running migration.
 
 use super::Input;
+use crate::command::{Command, NotDone};
 use crate::handshake::{Denied, SourceEvent, SourceState};
 use crate::report::{Progress, Report};
 use hypervisor::DomId;
@@ -46,18 +47,20 @@ impl Handle {
         matches!(self.state(), Some(SourceState::Closed(_)))
     }
 
-    pub fn cancel(&self) -> std::result::Result<(), Denied> {
+    /// Answered at once, or with what it is busy with.
+    pub fn cancel(&self) -> std::result::Result<(), NotDone> {
         self.command(SourceEvent::Cancel)
     }
 
-    pub fn resolve(&self, peer_fenced: bool) -> std::result::Result<(), Denied> {
+    /// As [`Handle::cancel`].
+    pub fn resolve(&self, peer_fenced: bool) -> std::result::Result<(), NotDone> {
         self.command(SourceEvent::Resolve { peer_fenced })
     }
 
-    fn command(&self, event: SourceEvent) -> std::result::Result<(), Denied> {
-        let (answer, answered) = mpsc::channel();
+    fn command(&self, event: SourceEvent) -> std::result::Result<(), NotDone> {
+        let (command, answer) = Command::new(event);
         // A migration whose thread has ended has nothing left to decide.
-        self.input.send(Input::Operator(event, answer)).map_err(|_| Denied::NothingToResolve)?;
-        answered.recv().unwrap_or(Err(Denied::NothingToResolve))
+        self.input.send(Input::Operator(command)).map_err(|_| Denied::NothingToResolve)?;
+        answer.wait(|| (self.state().unwrap_or(SourceState::Offering), self.progress().waiting_for))
     }
 }

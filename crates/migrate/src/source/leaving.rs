@@ -3,7 +3,7 @@
 use super::Run;
 use crate::restore::PAUSES;
 use crate::trouble::{Doing, Result};
-use hypervisor::GtStep;
+use hypervisor::{GtStep, Watchdog};
 
 impl Run {
     /// Whatever was done is undone; all of it can be done again.
@@ -18,14 +18,36 @@ impl Run {
         match hv.domain_info(dom) {
             Ok(info) if info.uuid == self.guest.identity.uuid && !info.dying => {}
             // Nothing is left to bring back: the host has been restarted, or an operator has destroyed it.
-            Ok(_) => return Ok(()),
-            Err(error) if error.is_no_such_domain() => return Ok(()),
+            Ok(_) => return self.host.toolstack.abandon(&self.guest),
+            Err(error) if error.is_no_such_domain() => return self.host.toolstack.abandon(&self.guest),
             Err(error) => return Err(error.into()),
         }
-        self.host.toolstack.unfreeze(&self.guest).doing("connect the backends again")?;
-        if !freeze.watchdogs.is_empty() {
-            let gt = hypervisor::GtState { watchdogs: freeze.watchdogs.clone(), ..hv.gt_state(dom)? };
-            hv.set_gt_state(dom, GtStep::Watchdogs, &gt)?;
+        let unfrozen = self.host.toolstack.unfreeze(&self.guest).doing("connect the backends again");
+        if unfrozen.is_err() && self.host.toolstack.is_detached(&self.guest) {
+            return unfrozen;
+        }
+        // With its backends as they were it can run, even if the store does not answer anybody, and so not the guest.
+        if !self.runs_again {
+            self.let_run(&freeze.watchdogs)?;
+            self.runs_again = true;
+        }
+        unfrozen?;
+        self.mark("roll back");
+        self.freeze = None;
+        Ok(())
+    }
+
+    fn let_run(&self, watchdogs: &[Watchdog]) -> Result<()> {
+        let hv = &*self.host.hypervisor;
+        let dom = self.dom();
+        if !watchdogs.is_empty() {
+            // Somebody else may have unpaused it, and they can be set only while it is paused.
+            hv.pause(dom)?;
+            let armed = hv.gt_state(dom).and_then(|gt| {
+                hv.set_gt_state(dom, GtStep::Watchdogs, &hypervisor::GtState { watchdogs: watchdogs.to_vec(), ..gt })
+            });
+            hv.unpause(dom)?;
+            armed?;
         }
         for _ in 0..PAUSES {
             if !hv.domain_info(dom)?.paused {
@@ -33,8 +55,6 @@ impl Run {
             }
             hv.unpause(dom)?;
         }
-        self.mark("roll back");
-        self.freeze = None;
         Ok(())
     }
 

@@ -15,9 +15,10 @@ pub(crate) use acting::kebab;
 pub use handle::Handle;
 pub use offering::{ask, judge};
 
+use crate::command::Command;
 use crate::dirty_log::DirtyLog;
 use crate::guest::{GuestState, Offer};
-use crate::handshake::{Denied, Outcome, Source, SourceAction, SourceEvent, SourceRecord, SourceState};
+use crate::handshake::{Outcome, Source, SourceAction, SourceEvent, SourceRecord, SourceState};
 use crate::host::Host;
 use crate::journal::Journal;
 use crate::link::Sender;
@@ -46,6 +47,9 @@ const BATCH: usize = 1024;
 const MAX_RESIZES: u32 = 5;
 /// Time between two pings while waiting.
 const PING_EVERY: Duration = Duration::from_secs(2);
+
+/// And at least so long at a time.
+const LEAST_PAUSE: Duration = Duration::from_millis(1);
 
 /// A word without an answer is said again after so many times the pause between two connections.
 const REPEAT_AFTER: u32 = 5;
@@ -97,7 +101,7 @@ pub struct WhyDetails {
 enum Input {
     Frame(Sender, Frame),
     Lost(Sender, String),
-    Operator(SourceEvent, mpsc::Sender<std::result::Result<(), Denied>>),
+    Operator(Command<SourceEvent>),
 }
 
 /// Starts a migration in a thread of its own.
@@ -180,6 +184,8 @@ struct Run {
     journal: Option<Journal<SourceRecord>>,
     freeze: Option<Freeze>,
     recovered: bool,
+    /// It was unpaused by the roll-back, which may not be over yet.
+    runs_again: bool,
     shared: Arc<Shared>,
     input: mpsc::Receiver<Input>,
     input_tx: mpsc::Sender<Input>,
@@ -238,6 +244,7 @@ impl Run {
             journal: None,
             freeze: None,
             recovered: false,
+            runs_again: false,
             shared: Arc::default(),
             input,
             input_tx,

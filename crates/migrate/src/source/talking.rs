@@ -1,12 +1,12 @@
 //! The connection to the destination: words and pings, losing it and making it again, and waiting for what comes.
 
 use super::offering::unreachable_peer;
-use super::{GoDetails, Input, PING_EVERY, REPEAT_AFTER, Run, StepsDetails, WhyDetails};
+use super::{GoDetails, Input, LEAST_PAUSE, PING_EVERY, REPEAT_AFTER, Run, StepsDetails, WhyDetails};
 use crate::handshake::{Denied, SourceAction, SourceEvent, SourceState, ToDestination, ToSource};
 use crate::report::Ending;
 use crate::trouble::{Doing, Result, Trouble};
 use crate::wire::{Frame, Said};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 impl Run {
     pub(super) fn say(&mut self, word: ToDestination) -> Result<()> {
@@ -128,7 +128,10 @@ impl Run {
                 Err(error) => tracing::info!("{}: {error}", self.title()),
             }
         }
-        match self.input.recv_timeout(self.host.timeouts.reconnect) {
+        // With the guest paused, not a second longer than it must.
+        let pause = self.host.timeouts.reconnect;
+        let pause = self.limit().map_or(pause, |limit| pause.min(limit.saturating_sub(self.waiting_since.elapsed())));
+        match self.input.recv_timeout(pause.max(LEAST_PAUSE)) {
             Ok(input) => self.take(input),
             Err(_) => self.tick(),
         }
@@ -139,16 +142,33 @@ impl Run {
         self.progress(|p| p.waiting_for = Some(format!("{peer} can't be reached; trying again")));
     }
 
+    /// How long the destination has for its answer.
+    fn limit(&self) -> Option<Duration> {
+        match self.machine.state() {
+            SourceState::Offering => Some(self.host.timeouts.accept),
+            // What the guest has been paused for already is not counted: that it was not too long has been looked at.
+            SourceState::AwaitingReady => Some(self.patience()),
+            _ => None,
+        }
+    }
+
+    /// How long any one wait may last while the guest is paused.
+    pub(super) fn patience(&self) -> Duration {
+        let (least, most) = self.host.timeouts.ready;
+        self.precopy.patience(least, most)
+    }
+
     /// Time passes while waiting for the peer.
     fn tick(&mut self) -> Option<SourceEvent> {
         let timeouts = self.host.timeouts;
-        let limit = match self.machine.state() {
-            SourceState::Offering => Some(timeouts.accept),
-            SourceState::AwaitingReady => Some(timeouts.ready),
-            _ => None,
-        };
-        if limit.is_some_and(|limit| self.waiting_since.elapsed() > limit) {
-            self.why.get_or_insert_with(|| format!("{} did not answer in {:?}", self.peer, limit.unwrap_or_default()));
+        if let Some(limit) = self.limit()
+            && self.waiting_since.elapsed() >= limit
+        {
+            let todo = match self.machine.state() {
+                SourceState::AwaitingReady => "; raise --downtime-limit, or look what keeps that host busy",
+                _ => "",
+            };
+            self.why.get_or_insert_with(|| format!("{} did not answer in {limit:?}{todo}", self.peer));
             return Some(SourceEvent::Failed);
         }
         if self.link.is_some() {
@@ -171,7 +191,9 @@ impl Run {
 
     fn take(&mut self, input: Input) -> Option<SourceEvent> {
         match input {
-            Input::Operator(event, answer) => {
+            Input::Operator(command) if command.is_stale() => None,
+            Input::Operator(command) => {
+                let event = command.what;
                 let before = self.machine.state();
                 let actions = self.machine.on(event);
                 let denied = actions.iter().find_map(|a| match a {
@@ -192,7 +214,7 @@ impl Run {
                     }
                 }
                 self.todo.extend(actions);
-                let _ = answer.send(denied.map_or(Ok(()), Err));
+                command.answer(denied.map_or(Ok(()), Err));
                 None
             }
             Input::Lost(link, why) => {
@@ -249,6 +271,10 @@ impl Run {
                     ));
                     return Some(SourceEvent::Failed);
                 }
+                if let Err(error) = self.still_held() {
+                    self.why = Some(error.to_string());
+                    return Some(SourceEvent::Failed);
+                }
             }
             (ToSource::Running, SourceState::Committed) => {
                 let details = steps();
@@ -273,17 +299,29 @@ impl Run {
         Some(SourceEvent::Peer(said.word))
     }
 
+    /// Waits before a step is tried again. What comes meanwhile changes nothing, but an operator wants an answer.
+    pub(super) fn rest(&mut self) {
+        let until = Instant::now() + self.host.timeouts.reconnect;
+        while let Some(left) = until.checked_duration_since(Instant::now()) {
+            let Ok(input) = self.input.recv_timeout(left) else { return };
+            if let Some(event) = self.take(input) {
+                self.hear(event);
+            }
+        }
+    }
+
     /// Takes what has come meanwhile, without waiting. An error if the stage has to end because of it.
     pub(super) fn check(&mut self) -> Result<()> {
         loop {
             match self.input.try_recv() {
                 Err(_) => return Ok(()),
-                Ok(Input::Operator(SourceEvent::Cancel, answer)) => {
-                    let _ = answer.send(Ok(()));
+                Ok(Input::Operator(command)) if command.is_stale() => {}
+                Ok(Input::Operator(command)) if command.what == SourceEvent::Cancel => {
+                    command.answer(Ok(()));
                     self.ending = Ending::GivenUp;
                     return Err(Trouble::new("cancelled by the operator"));
                 }
-                Ok(Input::Operator(_, answer)) => drop(answer.send(Err(Denied::NothingToResolve))),
+                Ok(Input::Operator(command)) => command.answer(Err(Denied::NothingToResolve)),
                 Ok(Input::Lost(link, why)) => {
                     if self.link.as_ref().is_some_and(|present| present.is(&link)) {
                         self.drop_link();

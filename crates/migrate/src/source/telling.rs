@@ -2,7 +2,7 @@
 
 use super::Run;
 use crate::handshake::{Outcome, SourceState};
-use crate::report::{Ending, Phase, Progress, Report, Timeline, millis};
+use crate::report::{Ending, Left, Phase, Progress, Report, Timeline, millis};
 use std::sync::PoisonError;
 
 impl Run {
@@ -23,6 +23,17 @@ impl Run {
         self.progress(|p| p.phase = phase);
     }
 
+    fn left(&self) -> Left {
+        match self.host.hypervisor.domain_info(self.dom()) {
+            Ok(info) if info.uuid != self.guest.identity.uuid || info.dying => Left::Gone,
+            Ok(info) if info.shutdown.is_some() => Left::ShutDown,
+            Ok(info) if info.paused => Left::Paused,
+            Ok(_) => Left::Runs,
+            Err(error) if error.is_no_such_domain() => Left::Gone,
+            Err(_) => Left::Unknown,
+        }
+    }
+
     pub(super) fn report(&mut self, outcome: Outcome) {
         let moved = outcome == Outcome::Moved;
         let ending = match self.ending {
@@ -40,6 +51,7 @@ impl Run {
             error: (!moved).then(|| self.why.clone().unwrap_or_else(|| "the daemon was stopped meanwhile".into())),
             ending,
             warnings: self.warnings.clone(),
+            left: self.left(),
             rounds: self.precopy.rounds().to_vec(),
             bytes: self.precopy.total_bytes(),
             total_ms: millis(self.started.elapsed()),
