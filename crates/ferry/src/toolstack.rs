@@ -360,9 +360,14 @@ impl Toolstack for ServiceDomain {
         if let Some(port) = inventory.store_port
             && !store.is_introduced(domid).doing("")?
         {
+            // xenconsoled overlooks the introduction of a domain that it knows: it saw the shell if some other domain came or went. This it
+            // does not overlook; the guest does, whose watches are served from the attaching on.
+            if let Some(console) = &inventory.console {
+                console::attach(&mut store, console).doing("make xenconsoled look at the console")?;
+            }
             store.attach_domain(domid, port).doing("connect xenstored with the guest")?;
         }
-        self.wait_console(&inventory, &mut store)
+        self.wait_console(&inventory)
     }
 
     fn announce(&self, offer: &Offer) -> Result<()> {
@@ -392,9 +397,8 @@ impl Toolstack for ServiceDomain {
                 .doing("let the backends finish")?;
         }
         unless_done(store.abort_import(domid), Errno::ENOENT)?;
-        if store.is_introduced(domid).doing("")? {
-            store.release(domid).doing("disconnect xenstored from the shell")?;
-        }
+        // A connection that was attached ends with the shell. Released before, xenstored would not tell the end of a domain that it knows no
+        // more, xenconsoled would keep its page, and the shell would stay a zombie under the guest's domid.
         let uuid = offer.identity.uuid.to_string();
         records::remove(&mut store, domid, &uuid, Path::new(records::USERDATA)).doing("remove its records")
     }
@@ -402,13 +406,9 @@ impl Toolstack for ServiceDomain {
 
 impl ServiceDomain {
     /// xenconsoled connects by itself when the guest is introduced. The guest does not need it to run, so only a little patience.
-    fn wait_console(&self, inventory: &Inventory, store: &mut Client) -> Result<()> {
+    fn wait_console(&self, inventory: &Inventory) -> Result<()> {
         let Some(console) = &inventory.console else { return Ok(()) };
-        for round in 0..20 {
-            // It overlooks the introduction of a domain that it knows already: it saw the shell when some other domain came.
-            if round == 4 {
-                console::attach(store, console).doing("make xenconsoled look at the console")?;
-            }
+        for _ in 0..20 {
             let gt = self.hypervisor.gt_state(DomId(inventory.domid))?;
             let connected =
                 |p: &&hypervisor::GtPort| p.port == console.port && matches!(p.kind, GtPortKind::Interdomain { .. });

@@ -211,6 +211,11 @@ pub fn destination(host: &Host, offer: &Offer) -> Result<Vec<String>> {
         why.push("source and destination are the same host; a domid can't be there twice".into());
     }
     match hv.domain_info(identity.domid) {
+        Ok(dying) if dying.dying => why.push(format!(
+            "domid {} on {} is that of domain {}, which was destroyed and is not gone yet; wait, and if it stays, look for what \
+             holds its pages (`xl list` shows it as (null): a backend that is stuck, xenconsoled, a debugger)",
+            identity.domid, host.name, dying.uuid
+        )),
         Ok(taken) => why.push(format!(
             "domid {} is taken on {} by domain {}; set domid_policy=\"random\" in xl.conf so that guests get ids that are free everywhere",
             identity.domid, host.name, taken.uuid

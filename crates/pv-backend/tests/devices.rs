@@ -461,6 +461,17 @@ fn the_frontends_states_come_last() {
     );
 }
 
+/// A daemon that was killed after it had connected them does it again, with the guest's watches served: each write would fire one.
+#[test]
+fn what_is_connected_is_not_written_again() {
+    let (host, found) = moved();
+    prepare(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
+    connect(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
+    let before = host.state.lock().unwrap().calls.len();
+    connect(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
+    assert_eq!(host.state.lock().unwrap().calls[before..], Vec::<String>::new());
+}
+
 #[test]
 fn a_host_that_does_not_fit_is_refused_before_anything_is_touched() {
     let (host, mut found) = moved();
