@@ -54,8 +54,12 @@ fn inventory(details: &serde_json::Value) -> Result<Inventory> {
     Ok(details.inventory)
 }
 
+/// A xenstored that was killed is back by then. Without one nothing can be undone either.
+const STORE_PATIENCE: Duration = Duration::from_secs(3);
+
+/// A connection for one step; the next step has one of its own, with whatever daemon there is then.
 fn store() -> Result<Client> {
-    Client::open().doing("")
+    Client::open_within(STORE_PATIENCE).doing("")
 }
 
 impl ServiceDomain {

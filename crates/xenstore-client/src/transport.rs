@@ -4,8 +4,46 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Between two attempts to connect.
+pub(crate) const PAUSE: Duration = Duration::from_millis(20);
+
+/// Where a daemon is reached.
+#[derive(Debug)]
+pub(crate) enum Place {
+    Socket(PathBuf),
+    Device(PathBuf),
+}
+
+impl Place {
+    /// A socket ends with its daemon. The kernel's device outlives it: what the daemon owes comes from the next one.
+    pub(crate) fn is_socket(&self) -> bool {
+        matches!(self, Place::Socket(_))
+    }
+
+    /// Connects, waiting for a daemon up to `patience`.
+    pub(crate) fn open_within(&self, patience: Duration) -> Result<Transport> {
+        let path = match self {
+            Place::Device(path) => return Transport::device(path),
+            Place::Socket(path) => path,
+        };
+        let end = Instant::now() + patience;
+        loop {
+            match Transport::connect(path) {
+                // Nobody listens there yet.
+                Err(Error::Connect { source, .. })
+                    if matches!(source.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound)
+                        && Instant::now() + PAUSE < end =>
+                {
+                    std::thread::sleep(PAUSE);
+                }
+                r => return r,
+            }
+        }
+    }
+}
 
 #[derive(Debug)]
 pub(crate) enum Transport {
@@ -14,12 +52,12 @@ pub(crate) enum Transport {
 }
 
 impl Transport {
-    pub(crate) fn connect(path: &Path) -> Result<Transport> {
+    fn connect(path: &Path) -> Result<Transport> {
         let fail = |source| Error::Connect { path: path.display().to_string(), source };
         Ok(Transport::Socket(UnixStream::connect(path).map_err(fail)?))
     }
 
-    pub(crate) fn device(path: &Path) -> Result<Transport> {
+    fn device(path: &Path) -> Result<Transport> {
         let fail = |source| Error::Connect { path: path.display().to_string(), source };
         Ok(Transport::Device(File::options().read(true).write(true).open(path).map_err(fail)?))
     }
