@@ -66,9 +66,11 @@ fn inventory(details: &serde_json::Value) -> Result<Inventory> {
     Ok(Details::read(details)?.inventory)
 }
 
-/// A guest may be paused while the store is asked. Healthy, it answers within milliseconds; its update may take a second.
+/// A guest may be paused while the store is asked. Healthy, it answers within milliseconds; its update may take a second, and one that was
+/// killed is back by then.
 const STORE_ANSWERS: Duration = Duration::from_secs(5);
 
+/// A connection for one step; the next step has one of its own, with whatever daemon there is then.
 fn store() -> Result<Client> {
     Client::open_within(STORE_ANSWERS).doing("")
 }

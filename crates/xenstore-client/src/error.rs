@@ -23,8 +23,8 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
-    /// The connection broke.
-    #[error("connection to xenstored lost")]
+    /// The connection broke, and no daemon came back in time.
+    #[error("connection to xenstored lost (was it killed?)")]
     Io(#[source] std::io::Error),
     /// The daemon has not answered within the limit ([`crate::Client::open_within`]), or another request before.
     #[error("xenstore {} {what}: no answer within {limit:?}; xenstored hangs or is stopped, see to it on this host", op.name())]
@@ -35,6 +35,17 @@ pub enum Error {
         what: String,
         /// How long was waited.
         limit: std::time::Duration,
+    },
+    /// The connection broke, and there is another. Nobody can say whether the request was carried out.
+    #[error(
+        "xenstore {} {what}: xenstored was started anew before it answered, and has done this or not; look, and do it again if need be",
+        op.name()
+    )]
+    Unsure {
+        /// The operation.
+        op: Op,
+        /// The path or domain.
+        what: String,
     },
     /// The daemon does not speak the protocol.
     #[error("xenstore {}: unexpected answer: {what}", op.name())]
@@ -52,6 +63,10 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     pub(crate) fn refused(op: Op, what: &str, errno: Errno) -> Error {
         Error::Refused { op, what: what.into(), errno }
+    }
+
+    pub(crate) fn unsure(op: Op, what: &str) -> Error {
+        Error::Unsure { op, what: what.into() }
     }
 
     pub(crate) fn protocol(op: Op, what: &'static str) -> Error {

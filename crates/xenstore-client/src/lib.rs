@@ -15,6 +15,12 @@
 //! ```
 //!
 //! The operations on a domain's connection (freeze, export, import, attach) are in [`migration`].
+//!
+//! # When the daemon is killed
+//!
+//! A client of a socket connects again, once a daemon listens there (it waits up to [`RECONNECT_WITHIN`], or for its own limit), and sets its watches again, so
+//! that each fires once. A request that changes nothing is sent again; so is one that did not get out. What is said of the others:
+//! in a transaction `EAGAIN`, as the transaction was lost with the connection; otherwise [`Error::Unsure`], as it was carried out or not.
 
 mod error;
 pub mod migration;
@@ -27,13 +33,15 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
-use transport::Transport;
+use transport::{PAUSE, Place, Transport};
 use xenstore_wire::{FrameDecoder, Message, Op, PAYLOAD_MAX, payload, perm};
 
 /// Where a daemon listens if `XENSTORED_PATH` does not say otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/xenstored/socket";
 /// How often [`Client::transaction`] tries before it gives up.
 const TRANSACTION_TRIES: u32 = 1000;
+/// How long a client waits for a daemon to come back. One with a journal is back within a second or two.
+pub const RECONNECT_WITHIN: Duration = Duration::from_secs(10);
 
 /// A watch that fired.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,75 +55,135 @@ pub struct Event {
 /// A connection to a xenstored.
 #[derive(Debug)]
 pub struct Client {
+    place: Place,
     io: Transport,
     decoder: FrameDecoder,
     /// Bytes read from the transport and not yet framed.
     unread: VecDeque<u8>,
     events: VecDeque<Event>,
     next_req: u32,
-    tx: u32,
     /// For each request.
     limit: Option<Duration>,
     /// An answer has not come in time; it could come later and be taken for another's.
     late: bool,
+    /// Path and token of each, as they were given.
+    watches: Vec<Vec<u8>>,
+    /// How many connections there were before this one: a transaction of an earlier one is lost.
+    era: u32,
 }
 
 impl Client {
     /// Connects as xenstore's own tools do: to `XENSTORED_PATH`, or [`DEFAULT_SOCKET`], or `/dev/xen/xenbus`.
     pub fn open() -> Result<Client> {
-        if let Some(p) = std::env::var_os("XENSTORED_PATH") {
-            return Client::connect(p);
-        }
-        if Path::new(DEFAULT_SOCKET).exists() { Client::connect(DEFAULT_SOCKET) } else { Client::open_device() }
+        Client::at(Client::usual_place(), None)
     }
 
-    /// As [`Client::open`]; connecting, and then each request, fails when the daemon has not answered within `limit`. After that the
-    /// connection is of no use any more. A device has no limit for writing.
+    /// As [`Client::open`], with a limit: for a daemon that is just being started again to come, and for each request then. A request that
+    /// is not answered in time is the connection's last. A device has no limit for writing.
     pub fn open_within(limit: Duration) -> Result<Client> {
-        match std::env::var_os("XENSTORED_PATH") {
-            Some(path) => Client::connect_within(path, limit),
-            None if Path::new(DEFAULT_SOCKET).exists() => Client::connect_within(DEFAULT_SOCKET, limit),
-            None => Ok(Client { limit: Some(limit), ..Client::open_device()? }),
-        }
+        Client::at(Client::usual_place(), Some(limit))
     }
 
-    /// As [`Client::connect`], with a limit as for [`Client::open_within`].
-    pub fn connect_within(path: impl AsRef<Path>, limit: Duration) -> Result<Client> {
-        Ok(Client { limit: Some(limit), ..Client::over(Transport::connect_within(path.as_ref(), limit)?) })
+    fn usual_place() -> Place {
+        match std::env::var_os("XENSTORED_PATH") {
+            Some(path) => Place::Socket(path.into()),
+            None if Path::new(DEFAULT_SOCKET).exists() => Place::Socket(DEFAULT_SOCKET.into()),
+            None => Place::Device("/dev/xen/xenbus".into()),
+        }
     }
 
     /// Connects to a daemon's socket.
     pub fn connect(path: impl AsRef<Path>) -> Result<Client> {
-        Ok(Client::over(Transport::connect(path.as_ref())?))
+        Client::at(Place::Socket(path.as_ref().into()), None)
+    }
+
+    /// As [`Client::connect`], with a limit as for [`Client::open_within`].
+    pub fn connect_within(path: impl AsRef<Path>, limit: Duration) -> Result<Client> {
+        Client::at(Place::Socket(path.as_ref().into()), Some(limit))
     }
 
     /// Opens the kernel's device, `/dev/xen/xenbus`.
     pub fn open_device() -> Result<Client> {
-        Ok(Client::over(Transport::device(Path::new("/dev/xen/xenbus"))?))
+        Client::at(Place::Device("/dev/xen/xenbus".into()), None)
     }
 
-    fn over(io: Transport) -> Client {
-        Client {
-            io,
+    fn at(place: Place, limit: Option<Duration>) -> Result<Client> {
+        Ok(Client {
+            io: place.open_within(limit.unwrap_or_default(), limit)?,
+            place,
             decoder: FrameDecoder::new(),
             unread: VecDeque::new(),
             events: VecDeque::new(),
             next_req: 1,
-            tx: 0,
-            limit: None,
+            limit,
             late: false,
-        }
+            watches: Vec::new(),
+            era: 0,
+        })
     }
 
     /// Sends one request and waits for its reply. The building block of all the other calls; `what` goes into errors.
     ///
     /// # Errors
     /// The daemon's error, with operation and `what`; a broken connection; a payload that is too long (`E2BIG`,
-    /// without sending it).
+    /// without sending it). If the daemon was started anew meanwhile: what the crate's documentation says.
     pub fn request(&mut self, op: Op, tx: u32, body: &[u8], what: &str) -> Result<Vec<u8>> {
         if body.len() > PAYLOAD_MAX {
             return Err(Error::refused(op, what, Errno::E2BIG));
         }
+        let deadline = Instant::now() + self.limit.unwrap_or(RECONNECT_WITHIN);
+        loop {
+            let mut sent = false;
+            let lost = match self.exchange(op, tx, body, what, &mut sent) {
+                Err(Error::Io(lost)) if self.place.is_socket() => lost,
+                r => return r,
+            };
+            self.reconnect(lost, deadline)?;
+            if tx != 0 {
+                return Err(match (op, body) {
+                    (Op::TransactionEnd, b"T\0") if sent => Error::unsure(op, what),
+                    _ => Error::refused(op, what, Errno::EAGAIN),
+                });
+            }
+            if op == Op::Unwatch {
+                // It is not one of those that were set again, and went with the connection.
+                return Ok(b"OK\0".to_vec());
+            }
+            if sent && !changes_nothing(op) {
+                return Err(Error::unsure(op, what));
+            }
+        }
+    }
+
+    /// Connects again, and sets the watches again.
+    fn reconnect(&mut self, lost: std::io::Error, deadline: Instant) -> Result<()> {
+        self.era += 1;
+        let mut lost = lost;
+        'connect: loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Io(lost));
+            }
+            // One that takes connections and drops them at once is not asked in a circle.
+            std::thread::sleep(PAUSE);
+            self.io = self.place.open_within(left, self.limit)?;
+            (self.decoder, self.unread) = (FrameDecoder::new(), VecDeque::new());
+            // Events of before stay: something changed there. The new ones say once more that something may have.
+            for watch in self.watches.clone() {
+                match self.exchange(Op::Watch, 0, &watch, "again", &mut false) {
+                    Err(Error::Io(e)) => {
+                        lost = e;
+                        continue 'connect;
+                    }
+                    r => r?,
+                };
+            }
+            return Ok(());
+        }
+    }
+
+    /// A request and its reply on the connection that there is. `sent`: all of the request got out.
+    fn exchange(&mut self, op: Op, tx: u32, body: &[u8], what: &str, sent: &mut bool) -> Result<Vec<u8>> {
         let id = self.next_req;
         self.next_req = self.next_req.wrapping_add(1).max(1);
         let limit = self.limit.unwrap_or_default();
@@ -129,8 +197,9 @@ impl Client {
                 self.late = true;
                 return Err(late());
             }
-            sent => sent?,
+            r => r?,
         }
+        *sent = true;
         loop {
             let Some(m) = self.next_message(deadline)? else {
                 self.late = true;
@@ -187,30 +256,46 @@ impl Client {
         }
     }
 
-    /// The next event, waiting up to `timeout` (for ever if `None`). `Ok(None)` when the time is over.
+    /// The next event, waiting up to `timeout` (for ever if `None`). `Ok(None)` when the time is over. What connecting again takes is
+    /// not counted.
     pub fn next_event(&mut self, timeout: Option<Duration>) -> Result<Option<Event>> {
         if let Some(e) = self.events.pop_front() {
             return Ok(Some(e));
         }
         let deadline = timeout.map(|t| Instant::now() + t);
-        match self.next_message(deadline)? {
-            None => Ok(None),
-            Some(m) if m.header.op == Op::WatchEvent.to_wire() => {
-                self.queue_event(&m)?;
-                Ok(self.events.pop_front())
+        loop {
+            match self.next_message(deadline) {
+                Ok(None) => return Ok(None),
+                Ok(Some(m)) if m.header.op == Op::WatchEvent.to_wire() => {
+                    self.queue_event(&m)?;
+                    return Ok(self.events.pop_front());
+                }
+                Ok(Some(_)) => return Err(Error::protocol(Op::WatchEvent, "a reply that nobody asked for")),
+                Err(Error::Io(lost)) if self.place.is_socket() => {
+                    self.reconnect(lost, Instant::now() + RECONNECT_WITHIN)?;
+                    // The watches' first events may have come with their replies.
+                    if let Some(e) = self.events.pop_front() {
+                        return Ok(Some(e));
+                    }
+                }
+                Err(e) => return Err(e),
             }
-            Some(_) => Err(Error::protocol(Op::WatchEvent, "a reply that nobody asked for")),
         }
     }
 
     /// Registers a watch. An event for the path itself follows at once.
     pub fn watch(&mut self, path: &str, token: &str) -> Result<()> {
-        self.request(Op::Watch, 0, &payload::join([path, token]), path).map(drop)
+        let watch = payload::join([path, token]);
+        self.request(Op::Watch, 0, &watch, path)?;
+        self.watches.push(watch);
+        Ok(())
     }
 
     /// Removes a watch.
     pub fn unwatch(&mut self, path: &str, token: &str) -> Result<()> {
-        self.request(Op::Unwatch, 0, &payload::join([path, token]), path).map(drop)
+        let watch = payload::join([path, token]);
+        self.watches.retain(|w| *w != watch);
+        self.request(Op::Unwatch, 0, &watch, path).map(drop)
     }
 
     /// Runs `f` in a transaction and commits; again from the start while others get in the way (`EAGAIN`).
@@ -240,8 +325,7 @@ impl Client {
         let id = payload::one_arg(&r)
             .and_then(payload::decimal)
             .map_err(|_| Error::protocol(Op::TransactionStart, "a transaction id that is no number"))?;
-        self.tx = id;
-        Ok(Transaction { client: self, id, open: true })
+        Ok(Transaction { era: self.era, client: self, id, open: true })
     }
 
     /// Connects the daemon with a domain. `port` is the guest's port.
@@ -282,8 +366,29 @@ impl Client {
     }
 }
 
+/// Doing it twice is like doing it once, whatever others do in between.
+fn changes_nothing(op: Op) -> bool {
+    matches!(
+        op,
+        Op::Read
+            | Op::Directory
+            | Op::DirectoryPart
+            | Op::GetPerms
+            | Op::GetDomainPath
+            | Op::IsDomainIntroduced
+            | Op::GetFeature
+            | Op::GetQuota
+            | Op::FerryFeatures
+            | Op::DomainListWatches
+            // What they make ends with the connection.
+            | Op::Watch
+            | Op::TransactionStart
+    )
+}
+
 impl AsFd for Client {
-    /// For waiting with others; call [`Client::next_event`] with a time of zero once it is readable.
+    /// For waiting with others; call [`Client::next_event`] with a time of zero once it is readable. Ask for it anew each time: it is
+    /// another one once the client has connected again.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.io.as_fd()
     }
@@ -294,6 +399,8 @@ impl AsFd for Client {
 pub struct Transaction<'a> {
     client: &'a mut Client,
     id: u32,
+    /// The client's when it was opened.
+    era: u32,
     open: bool,
 }
 
@@ -310,8 +417,19 @@ impl Transaction<'_> {
 
     fn end(&mut self, how: &str) -> Result<()> {
         self.open = false;
-        self.client.tx = 0;
-        self.client.request(Op::TransactionEnd, self.id, &payload::join([how]), "").map(drop)
+        match self.request(Op::TransactionEnd, &payload::join([how]), "") {
+            // It went with its connection.
+            Err(e) if how == "F" && e.errno() == Some(Errno::EAGAIN) => Ok(()),
+            r => r.map(drop),
+        }
+    }
+
+    fn request(&mut self, op: Op, body: &[u8], what: &str) -> Result<Vec<u8>> {
+        if self.era != self.client.era {
+            // Another connection's transactions have the same numbers.
+            return Err(Error::refused(op, what, Errno::EAGAIN));
+        }
+        self.client.request(op, self.id, body, what)
     }
 }
 
@@ -428,7 +546,7 @@ impl Nodes for Client {
 
 impl Nodes for Transaction<'_> {
     fn node_request(&mut self, op: Op, body: &[u8], path: &str) -> Result<Vec<u8>> {
-        self.client.request(op, self.id, body, path)
+        self.request(op, body, path)
     }
 }
 

@@ -4,8 +4,51 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+/// Between two attempts to connect.
+pub(crate) const PAUSE: Duration = Duration::from_millis(20);
+
+/// Where a daemon is reached.
+#[derive(Debug)]
+pub(crate) enum Place {
+    Socket(PathBuf),
+    Device(PathBuf),
+}
+
+impl Place {
+    /// A socket ends with its daemon. The kernel's device outlives it: what the daemon owes comes from the next one.
+    pub(crate) fn is_socket(&self) -> bool {
+        matches!(self, Place::Socket(_))
+    }
+
+    /// Connects, waiting up to `patience` for a daemon that is being started. `limit` is for each call that blocks; a device has none for
+    /// writing.
+    pub(crate) fn open_within(&self, patience: Duration, limit: Option<Duration>) -> Result<Transport> {
+        let path = match self {
+            Place::Device(path) => return Transport::device(path),
+            Place::Socket(path) => path,
+        };
+        let end = Instant::now() + patience;
+        loop {
+            let connected = match limit {
+                Some(limit) => Transport::connect_within(path, limit),
+                None => Transport::connect(path),
+            };
+            match connected {
+                // Nobody listens there yet.
+                Err(Error::Connect { source, .. })
+                    if matches!(source.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound)
+                        && Instant::now() + PAUSE < end =>
+                {
+                    std::thread::sleep(PAUSE);
+                }
+                r => return r,
+            }
+        }
+    }
+}
 
 #[derive(Debug)]
 pub(crate) enum Transport {
@@ -14,13 +57,13 @@ pub(crate) enum Transport {
 }
 
 impl Transport {
-    pub(crate) fn connect(path: &Path) -> Result<Transport> {
+    fn connect(path: &Path) -> Result<Transport> {
         let fail = |source| Error::Connect { path: path.display().to_string(), source };
         Ok(Transport::Socket(UnixStream::connect(path).map_err(fail)?))
     }
 
-    /// Also connecting waits no longer: a daemon that is stopped takes no connection from its full queue.
-    pub(crate) fn connect_within(path: &Path, limit: Duration) -> Result<Transport> {
+    /// With a limit also for connecting, and for each write: a daemon that is stopped takes no connection from its full queue.
+    fn connect_within(path: &Path, limit: Duration) -> Result<Transport> {
         use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt};
         let open = || -> std::io::Result<UnixStream> {
             let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
@@ -31,7 +74,7 @@ impl Transport {
         Ok(Transport::Socket(open().map_err(|source| Error::Connect { path: path.display().to_string(), source })?))
     }
 
-    pub(crate) fn device(path: &Path) -> Result<Transport> {
+    fn device(path: &Path) -> Result<Transport> {
         let fail = |source| Error::Connect { path: path.display().to_string(), source };
         Ok(Transport::Device(File::options().read(true).write(true).open(path).map_err(fail)?))
     }

@@ -45,6 +45,10 @@ impl<'a> Daemon<'a> {
         self.child = Daemon::spawn(self.xen, self.run);
     }
 
+    fn came_back(&self) -> u32 {
+        self.log().matches("came back from").count() as u32
+    }
+
     fn log(&self) -> String {
         std::fs::read_to_string(self.run.join("log")).unwrap_or_default()
     }
@@ -128,7 +132,9 @@ fn a_kernel_and_its_guests_do_not_notice_that_the_daemon_is_killed() {
             (events, special, kernel)
         });
         let mut wait = 1;
-        for i in 0..KILLS {
+        // On a busy machine most are killed before they have come so far as to serve anybody.
+        let mut i = 0;
+        while i < KILLS || (daemon.came_back() <= KILLS / 2 && i < 50 * KILLS) {
             // From at once to some milliseconds, which is hundreds of requests.
             wait = wait * 69 % 101;
             std::thread::sleep(Duration::from_micros(wait * 397));
@@ -138,6 +144,7 @@ fn a_kernel_and_its_guests_do_not_notice_that_the_daemon_is_killed() {
                 xen.set_state(3, DomainState::Dying).unwrap();
             }
             daemon.again();
+            i += 1;
         }
         std::thread::sleep(Duration::from_millis(300));
         stop.store(true, Ordering::Relaxed);
@@ -163,9 +170,8 @@ fn a_kernel_and_its_guests_do_not_notice_that_the_daemon_is_killed() {
         assert_eq!(ok(&mut kernel, Op::Control, 0, "check\0"), "OK\0");
         counted
     });
-    assert!(counted.iter().all(|n| *n > KILLS), "{counted:?}: they were stopped more than they ran");
-    // Some were killed before they had come so far.
-    assert!(daemon.log().matches("came back from").count() > KILLS as usize / 2, "{}", daemon.log());
+    assert!(counted.iter().all(|n| *n > KILLS), "{counted:?}: the guests got nowhere");
+    assert!(daemon.came_back() > KILLS / 2, "{}", daemon.log());
 }
 
 /// Waits until the daemon answers.

@@ -13,7 +13,7 @@ const HELP: &str = "check\t\nlog\ton|off\nlive-update\t[-c <cmdline>] [-F] [-t <
 quota-soft\t[set <name> <val>]\nhelp\t\n";
 
 fn text(s: String) -> Answer {
-    Ok(Some(payload::join([s])))
+    Ok(Some(payload::join([s]).into()))
 }
 
 impl Store {

@@ -33,7 +33,7 @@ impl Store {
             Op::SetTarget => self.op_set_target(p),
             Op::GetDomainPath => {
                 let d = payload::atoi(payload::one_arg(p)?).unwrap_or(0) as u32;
-                Ok(Some(payload::join([format!("/local/domain/{d}")])))
+                Ok(Some(payload::join([format!("/local/domain/{d}")]).into()))
             }
             Op::IsDomainIntroduced => {
                 let d = payload::atoi(payload::one_arg(p)?).unwrap_or(-1);
@@ -41,7 +41,7 @@ impl Store {
                     .is_ok_and(|d| d == DOMID_SELF || self.domains.get(&d).is_some_and(|d| d.conn.is_some()));
                 // Without a hypervisor dom0 is its tools.
                 let known = known || (d == 0 && c.peer == Peer::Socket && self.domains[&0].conn.is_none());
-                Ok(Some(payload::join([if known { "T" } else { "F" }])))
+                Ok(Some(payload::join([if known { "T" } else { "F" }]).into()))
             }
             Op::GetQuota => self.op_get_quota(p),
             Op::SetQuota => self.op_set_quota(p, host),
@@ -147,11 +147,11 @@ impl Store {
 
     fn op_get_quota(&mut self, p: &[u8]) -> Answer {
         let args: Vec<&[u8]> = payload::strings(p).filter(|s| !s.is_empty()).collect();
-        let value = |v: Option<u32>| v.map(|v| Some(payload::join([v.to_string()]))).ok_or(Errno::EINVAL);
+        let value = |v: Option<u32>| v.map(|v| Some(payload::join([v.to_string()]).into())).ok_or(Errno::EINVAL);
         match args[..] {
             [] => {
                 let names: Vec<&str> = crate::quota::Quotas::NAMES.iter().map(|n| n.0).collect();
-                Ok(Some(payload::join([names.join(" ")])))
+                Ok(Some(payload::join([names.join(" ")]).into()))
             }
             [name] => value(self.options.quotas.get(name)),
             [d, name] => {
@@ -198,7 +198,7 @@ impl Store {
             [d] => host.ring_features(payload::decimal(d)?).ok_or(Errno::ENOENT)?,
             _ => return Err(Errno::EINVAL),
         };
-        Ok(Some(payload::join([v.to_string()])))
+        Ok(Some(payload::join([v.to_string()]).into()))
     }
 
     /// Looks for domains that shut down or are gone (`VIRQ_DOM_EXC`, and after a live update).

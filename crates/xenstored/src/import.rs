@@ -298,7 +298,7 @@ pub(crate) fn restore_transactions(s: &mut Store, id: ConnId, txs: &TxRecords, s
 impl Store {
     pub(crate) fn dispatch_migration_op(&mut self, c: &Caller, op: Op, p: &[u8], host: &mut dyn Host) -> Answer {
         match op {
-            Op::FerryFeatures => Ok(Some(payload::join(FEATURES))),
+            Op::FerryFeatures => Ok(Some(payload::join(FEATURES).into())),
             Op::DomainFreeze => self.op_freeze(p),
             Op::DomainThaw => self.op_thaw(p, host),
             Op::DomainExport => self.op_export(p, host),
@@ -392,7 +392,7 @@ impl Store {
         let room = PAYLOAD_MAX - out.len();
         let rest = stream.get(offset..).ok_or(Errno::EINVAL)?;
         out.extend_from_slice(&rest[..rest.len().min(room)]);
-        Ok(Some(out))
+        Ok(Some(out.into()))
     }
 
     fn export_stream(&self, id: ConnId, domid: u16, features: u32, prefixes: &[Vec<u8>]) -> Result<Vec<u8>, Errno> {
@@ -713,7 +713,7 @@ impl Store {
             }
             out.extend(one);
         }
-        Ok(Some(out))
+        Ok(Some(out.into()))
     }
 
     fn op_set_watch(&mut self, p: &[u8]) -> Answer {

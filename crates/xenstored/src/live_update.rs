@@ -82,9 +82,9 @@ pub struct Restored {
 
 impl Store {
     /// Whether a request has to wait for the live update: a new transaction would put it off for ever.
-    pub(crate) fn live_update_delays(&self, id: ConnId, m: &Message) -> bool {
+    pub(crate) fn live_update_delays(&self, id: ConnId, op: u32) -> bool {
         self.live_update.as_ref().is_some_and(LiveUpdate::is_started)
-            && m.header.op == Op::TransactionStart.to_wire()
+            && op == Op::TransactionStart.to_wire()
             && self.conns.get(&id).is_some_and(|c| c.transactions.is_empty())
     }
 
@@ -112,7 +112,7 @@ impl Store {
         args: &[&[u8]],
         host: &mut dyn Host,
     ) -> Answer {
-        let say = |s: &str| Ok(Some(payload::join([s])));
+        let say = |s: &str| Ok(Some(payload::join([s]).into()));
         let mine = self.live_update.as_ref().is_some_and(|l| l.conn == c.conn);
         match args {
             [b"-a"] => match self.live_update.take() {
@@ -226,7 +226,7 @@ impl Store {
             if let Peer::Domain(d) = caller.peer {
                 self.redo.late(d, None);
             }
-            self.reply(&caller, h, Ok(payload::join([text])));
+            self.reply(&caller, h, Ok(payload::join([text]).into()));
         }
     }
 

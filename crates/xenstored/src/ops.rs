@@ -7,6 +7,7 @@ use crate::quota::node_size;
 use crate::store::{Answer, Caller, Found, Rights, Store, node_cost, ok, tx_cost};
 use crate::tx::{Accessed, Changed, NO_GENERATION, State, Transaction};
 use crate::watch::Watch;
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::rc::Rc;
 use xenstore_wire::{Errno, Header, Op, PAYLOAD_MAX, Perm, REL_PATH_MAX, path, payload, perm};
@@ -54,19 +55,25 @@ impl Store {
     }
 
     /// Makes a client's path absolute. Sockets count as domain 0.
-    pub(crate) fn absolute(&self, c: &Caller, p: &[u8]) -> Vec<u8> {
+    pub(crate) fn absolute<'p>(&self, c: &Caller, p: &'p [u8]) -> Cow<'p, [u8]> {
         match p.first() {
-            Some(b'/' | b'@') => p.to_vec(),
+            Some(b'/' | b'@') => p.into(),
             _ => {
                 let mut v = implicit_path(c.peer);
                 v.push(b'/');
                 v.extend_from_slice(p);
-                v
+                v.into()
             }
         }
     }
 
-    fn node_arg(&mut self, c: &Caller, tx: &mut Tx, p: &[u8], want: Rights) -> Result<(Vec<u8>, Found), Errno> {
+    fn node_arg<'p>(
+        &mut self,
+        c: &Caller,
+        tx: &mut Tx,
+        p: &'p [u8],
+        want: Rights,
+    ) -> Result<(Cow<'p, [u8]>, Found), Errno> {
         let path = self.absolute(c, payload::one_arg(p)?);
         let f = self.find_for(c, tx, &path, want)?;
         Ok((path, f))
@@ -75,8 +82,8 @@ impl Store {
     fn op_read(&mut self, c: &Caller, tx: &mut Tx, p: &[u8]) -> Answer {
         let (path, _) = self.node_arg(c, tx, p, Rights::READ)?;
         Ok(Some(match tx {
-            Some(t) => t.nodes.get(&path[..]).map_or(&[][..], |a| a.value()).to_vec(),
-            None => self.tree.get(&path).map_or(&[][..], |n| &n.value).to_vec(),
+            Some(t) => t.nodes.get(&path[..]).map_or(&[][..], |a| a.value()).into(),
+            None => self.tree.get(&path).map_or(&[][..], |n| &n.value).into(),
         }))
     }
 
@@ -98,7 +105,7 @@ impl Store {
 
     fn op_directory(&mut self, c: &Caller, tx: &mut Tx, p: &[u8]) -> Answer {
         let (path, _) = self.node_arg(c, tx, p, Rights::READ)?;
-        Ok(Some(self.children(tx, &path, PAYLOAD_MAX)?.0))
+        Ok(Some(self.children(tx, &path, PAYLOAD_MAX)?.0.into()))
     }
 
     fn op_directory_part(&mut self, c: &Caller, tx: &mut Tx, p: &[u8]) -> Answer {
@@ -115,7 +122,7 @@ impl Store {
         let offset = usize::try_from(offset).unwrap_or(usize::MAX);
         if offset >= names.len() {
             out.push(0);
-            return Ok(Some(out));
+            return Ok(Some(out.into()));
         }
         // Whole names only; an empty one ends the list.
         let room = PAYLOAD_MAX - out.len() - 1;
@@ -132,12 +139,12 @@ impl Store {
         if offset + len == names.len() {
             out.push(0);
         }
-        Ok(Some(out))
+        Ok(Some(out.into()))
     }
 
     fn op_get_perms(&mut self, c: &Caller, tx: &mut Tx, p: &[u8]) -> Answer {
         let (_, f) = self.node_arg(c, tx, p, Rights::READ)?;
-        Ok(Some(perm::format_list(&f.perms)))
+        Ok(Some(perm::format_list(&f.perms).into()))
     }
 
     fn op_write(&mut self, c: &Caller, tx: &mut Tx, p: &[u8], host: &mut dyn Host) -> Answer {
@@ -442,7 +449,7 @@ impl Store {
             }
             Err(e) => return Err(e),
         }
-        if path == b"/" {
+        if *path == *b"/" {
             return Err(Errno::EINVAL);
         }
         match tx {
@@ -587,7 +594,7 @@ impl Store {
             return Err(Errno::EINVAL);
         }
         let strip = if p.first() == Some(&b'/') { 0 } else { implicit_path(c.peer).len() };
-        Ok((abs, strip))
+        Ok((abs.into_owned(), strip))
     }
 
     fn op_watch(&mut self, c: &Caller, p: &[u8], initial: &mut InitialEvent) -> Answer {
@@ -689,7 +696,7 @@ impl Store {
         }
         conn.transactions.insert(id, t);
         self.open_transactions += 1;
-        Ok(Some(payload::join([id.to_string()])))
+        Ok(Some(payload::join([id.to_string()]).into()))
     }
 
     fn op_transaction_end(&mut self, c: &Caller, tx: &mut Tx, p: &[u8], host: &mut dyn Host) -> Answer {

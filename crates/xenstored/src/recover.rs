@@ -721,7 +721,7 @@ impl Recovery {
             };
             let caller = self.store.caller(c);
             let text = "The daemon was killed and came back from its journal.";
-            self.store.reply(&caller, &h, Ok(payload::join([text])));
+            self.store.reply(&caller, &h, Ok(payload::join([text]).into()));
         }
         let port = |d: &u16| self.store.domains.get(d).map_or(0, |d| d.remote_port);
         connected.iter().map(|(d, _)| (*d, port(d))).collect()

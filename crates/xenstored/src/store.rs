@@ -148,10 +148,10 @@ pub enum Broken {
 }
 
 /// Answer of an operation: payload of the reply, or `None` if it comes later.
-pub(crate) type Answer = Result<Option<Vec<u8>>, Errno>;
+pub(crate) type Answer = Result<Option<Rc<[u8]>>, Errno>;
 
 pub(crate) fn ok() -> Answer {
-    Ok(Some(b"OK\0".to_vec()))
+    Ok(Some(Rc::from(&b"OK\0"[..])))
 }
 
 /// The store with its connections.
@@ -283,6 +283,13 @@ impl Store {
         v
     }
 
+    /// A connection's output is looked at now, however often it was woken just before.
+    pub fn unwake(&mut self, id: ConnId) {
+        while self.woken.last() == Some(&id) {
+            self.woken.pop();
+        }
+    }
+
     pub(crate) fn wake(&mut self, id: ConnId) {
         if self.woken.last() != Some(&id) {
             self.woken.push(id);
@@ -345,6 +352,18 @@ impl Store {
         if let Peer::Domain(d) = c.peer {
             self.redo.touch(d);
         }
+        // Most come whole, and need not be copied.
+        if !c.decoder.is_partial()
+            && let Some((h, rest)) = bytes.split_first_chunk::<HEADER_LEN>()
+        {
+            let h = Header::from_bytes(h);
+            let len = h.len as usize;
+            if let Some(body) = rest.get(..len).filter(|_| len <= PAYLOAD_MAX) {
+                c.logged.input_kept = false;
+                self.consider(id, &h, body, host);
+                return Ok(HEADER_LEN + len);
+            }
+        }
         let n = match c.decoder.feed(bytes) {
             Ok(n) => n,
             Err(e) => {
@@ -355,19 +374,19 @@ impl Store {
         };
         if let Some(m) = c.decoder.take() {
             c.logged.input_kept = false;
-            self.consider(id, m, host);
+            self.consider(id, &m.header, &m.payload, host);
         }
         Ok(n)
     }
 
-    fn consider(&mut self, id: ConnId, m: Message, host: &mut dyn Host) {
-        if self.live_update_delays(id, &m) {
+    fn consider(&mut self, id: ConnId, h: &Header, body: &[u8], host: &mut dyn Host) {
+        if self.live_update_delays(id, h.op) {
             if let Some(c) = self.conns.get_mut(&id) {
-                c.delayed.push_back(m);
+                c.delayed.push_back(Message { header: *h, payload: body.to_vec() });
             }
             return;
         }
-        self.process(id, m, host);
+        self.process(id, h, body, host);
     }
 
     /// Serves requests that had to wait.
@@ -381,13 +400,13 @@ impl Store {
                 self.conns.get_mut(&id).filter(|c| c.frozen.is_none()).and_then(|c| c.delayed.pop_front())
             {
                 self.input_changed(id);
-                if self.live_update_delays(id, &m) {
+                if self.live_update_delays(id, m.header.op) {
                     if let Some(c) = self.conns.get_mut(&id) {
                         c.delayed.push_front(m);
                     }
                     break;
                 }
-                self.process(id, m, host);
+                self.process(id, &m.header, &m.payload, host);
             }
         }
     }
@@ -530,9 +549,11 @@ impl Store {
         let mut next: Option<u64> = None;
         let mut sooner = |t: u64| next = Some(next.map_or(t, |n: u64| n.min(t)));
         let mut expired = Vec::new();
-        for c in self.conns.values() {
-            let Peer::Domain(d) = c.peer else { continue };
-            if self.domid_privileged(d) || c.frozen.is_some() {
+        // Sockets have neither, and there may be many of them.
+        let privileged = self.options.privileged_domid;
+        for (&d, domain) in &mut self.domains {
+            let Some(c) = domain.conn.and_then(|id| self.conns.get(&id)) else { continue };
+            if d == 0 || d == privileged || c.frozen.is_some() {
                 continue;
             }
             for m in &c.out {
@@ -545,11 +566,9 @@ impl Store {
                     _ => {}
                 }
             }
-            if let Some(d) = self.domains.get_mut(&d) {
-                let w = self.limiter.wait(&mut d.credit, now);
-                if w > 0 {
-                    sooner(w);
-                }
+            let w = self.limiter.wait(&mut domain.credit, now);
+            if w > 0 {
+                sooner(w);
             }
         }
         if self.live_update.as_ref().is_some_and(LiveUpdate::is_started) {
@@ -765,9 +784,8 @@ impl Store {
     // ---- replies and events ----
 
     /// Serves one request.
-    fn process(&mut self, id: ConnId, m: Message, host: &mut dyn Host) {
+    fn process(&mut self, id: ConnId, h: &Header, body: &[u8], host: &mut dyn Host) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
-        let h = m.header;
         let op = Op::from_wire(h.op).filter(|o| !matches!(o, Op::WatchEvent | Op::Error));
         let ignores_tx = matches!(op, Some(Op::Watch | Op::Unwatch));
         let mut tx = None;
@@ -791,9 +809,9 @@ impl Store {
             None => Err(Errno::ENOSYS),
             Some(op) if !caller.privileged && is_privileged(op) => Err(Errno::EACCES),
             Some(_) if tx_missing => Err(Errno::ENOENT),
-            Some(op) => self.dispatch(&caller, &mut tx, op, &h, &m.payload, &mut initial_event, host),
+            Some(op) => self.dispatch(&caller, &mut tx, op, h, body, &mut initial_event, host),
         };
-        debug!(conn = id, op = op.map_or("?", Op::name), len = m.payload.len(), ok = answer.is_ok(), "request");
+        debug!(conn = id, op = op.map_or("?", Op::name), len = body.len(), ok = answer.is_ok(), "request");
         // The transaction is put back unless it was ended; the connection may be gone (a domain that released itself).
         if let Some(mut t) = tx {
             if let Peer::Domain(d) = caller.peer
@@ -813,8 +831,8 @@ impl Store {
         }
         match answer {
             Ok(None) => self.forget_request(&caller),
-            Ok(Some(body)) => self.reply(&caller, &h, Ok(body)),
-            Err(e) => self.reply(&caller, &h, Err(e)),
+            Ok(Some(body)) => self.reply(&caller, h, Ok(body)),
+            Err(e) => self.reply(&caller, h, Err(e)),
         }
         if let Some((path, token)) = initial_event {
             self.queue_event(id, None, &path, &token, host.now_ms());
@@ -828,18 +846,18 @@ impl Store {
     }
 
     /// Queues the reply to a request.
-    pub(crate) fn reply(&mut self, c: &Caller, h: &Header, answer: Result<Vec<u8>, Errno>) {
+    pub(crate) fn reply(&mut self, c: &Caller, h: &Header, answer: Result<Rc<[u8]>, Errno>) {
         let (op, body) = match answer {
-            Ok(b) if b.len() > PAYLOAD_MAX => (Op::Error.to_wire(), Errno::E2BIG.payload()),
+            Ok(b) if b.len() > PAYLOAD_MAX => (Op::Error.to_wire(), Errno::E2BIG.payload().into()),
             Ok(b) => (h.op, b),
-            Err(e) => (Op::Error.to_wire(), e.payload()),
+            Err(e) => (Op::Error.to_wire(), e.payload().into()),
         };
         let size = (body.len() + HEADER_LEN) as i64;
         // Short replies always go: errors and acknowledgements must get through.
         let (op, body) = if body.len() > 16 && self.charge(c.domid, size, true).is_err() {
             let e = Errno::ENOMEM.payload();
             let _ = self.charge(c.domid, (e.len() + HEADER_LEN) as i64, false);
-            (Op::Error.to_wire(), e)
+            (Op::Error.to_wire(), e.into())
         } else {
             if body.len() <= 16 {
                 let _ = self.charge(c.domid, size, false);
@@ -852,7 +870,7 @@ impl Store {
             return;
         };
         let header = Header { op, req_id: h.req_id, tx_id: h.tx_id, len: body.len() as u32 };
-        let mut m = Outgoing::new(header, Rc::from(body));
+        let mut m = Outgoing::new(header, body);
         m.request = c.request;
         conn.push(m);
         if let Peer::Domain(d) = conn.peer {

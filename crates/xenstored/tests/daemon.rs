@@ -1,10 +1,13 @@
 //! The program itself, over its socket, without Xen.
 
+use rustix::process::{Pid, Signal, kill_process};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
-use xenstore_client::{Client, Errno, Nodes};
+use xenstore_client::{Client, Errno, Error, Nodes};
+use xenstore_wire::{HEADER_LEN, Header, Message, Op};
 
 struct Running {
     child: Child,
@@ -14,20 +17,47 @@ struct Running {
 impl Running {
     fn start() -> Running {
         let dir = tempfile::tempdir().unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_xenstored"))
-            .args(["--no-domain-init", "--no-fork", "--pid-file"])
-            .arg(dir.path().join("pid"))
-            .env("XENSTORED_RUNDIR", dir.path())
-            .env_remove("XENSTORED_PATH")
-            .spawn()
-            .unwrap();
-        let r = Running { child, dir };
+        let r = Running { child: Running::spawn(dir.path()), dir };
         let end = Instant::now() + Duration::from_secs(20);
         while UnixStream::connect(r.socket()).is_err() {
             assert!(Instant::now() < end, "it does not listen");
             std::thread::sleep(Duration::from_millis(10));
         }
         r
+    }
+
+    fn spawn(dir: &Path) -> Child {
+        Command::new(env!("CARGO_BIN_EXE_xenstored"))
+            .args(["--no-domain-init", "--no-fork", "--pid-file"])
+            .arg(dir.join("pid"))
+            .env("XENSTORED_RUNDIR", dir)
+            .env_remove("XENSTORED_PATH")
+            .spawn()
+            .unwrap()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// kill -9, and another one a moment later.
+    fn kill_and_restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+        self.child = Running::spawn(self.dir.path());
+    }
+
+    /// What `ask` says whose request the daemon has received and not answered when it is killed.
+    fn killed_amid<T: Send>(&mut self, ask: impl FnOnce() -> T + Send) -> T {
+        self.signal(Signal::STOP);
+        std::thread::scope(|s| {
+            let asked = s.spawn(ask);
+            std::thread::sleep(Duration::from_millis(200));
+            assert!(!asked.is_finished(), "it did not wait for its answer");
+            self.kill_and_restart();
+            asked.join().unwrap()
+        })
     }
 
     fn socket(&self) -> std::path::PathBuf {
@@ -151,4 +181,140 @@ fn a_live_update_keeps_clients_watches_and_nodes() {
     let why = a.control(&["live-update", "-s"]).unwrap();
     assert!(why.contains("junk"), "{why}");
     assert_eq!(b.read_string("/x/y").unwrap(), "2");
+}
+
+#[test]
+fn a_burst_is_served_to_its_end_and_who_left_is_forgotten() {
+    const REQUESTS: usize = 3000;
+    let d = Running::start();
+    let read = Message::new(Op::Read.to_wire(), 1, 0, b"/tool/xenstored\0".to_vec()).to_bytes();
+    // Much more than is read at once, with nothing to come after it.
+    let mut s = UnixStream::connect(d.socket()).unwrap();
+    s.set_read_timeout(SOON).unwrap();
+    let mut sender = s.try_clone().unwrap();
+    let burst = read.repeat(REQUESTS);
+    let sent = std::thread::spawn(move || sender.write_all(&burst).unwrap());
+    let mut reply = [0; HEADER_LEN];
+    for i in 0..REQUESTS {
+        s.read_exact(&mut reply).unwrap_or_else(|e| panic!("reply {i}: {e}"));
+        assert_eq!(Header::from_bytes(&reply), Header { op: Op::Read.to_wire(), req_id: 1, tx_id: 0, len: 0 });
+    }
+    sent.join().unwrap();
+    // The daemon finds the end with what came before it, to which there may be no answer.
+    d.signal(Signal::STOP);
+    for part in [0, 8, 20, read.len()] {
+        for _ in 0..20 {
+            UnixStream::connect(d.socket()).unwrap().write_all(&read[..part]).unwrap();
+        }
+    }
+    d.signal(Signal::CONT);
+    let mut c = d.client();
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        let report = d.dir.path().join("report");
+        let _ = std::fs::remove_file(&report);
+        c.control(&["memreport", report.to_str().unwrap()]).unwrap();
+        let report = std::fs::read_to_string(&report).unwrap();
+        if report.contains(" 2 connections") {
+            break;
+        }
+        assert!(Instant::now() < end, "{report}");
+    }
+}
+
+const SOON: Option<Duration> = Some(Duration::from_secs(5));
+
+#[test]
+fn a_client_goes_on_with_a_daemon_that_was_killed_and_started_again() {
+    let mut d = Running::start();
+    let (mut c, mut other) = (d.client(), d.client());
+    c.write("/x/y", "1").unwrap();
+    c.watch("/x", "kept").unwrap();
+    c.watch("/x", "given up").unwrap();
+    c.unwatch("/x", "given up").unwrap();
+    assert_eq!(c.next_event(SOON).unwrap().unwrap().token, "kept");
+    while c.next_event(Some(Duration::from_millis(20))).unwrap().is_some() {}
+    d.kill_and_restart();
+    assert_eq!(c.read_string("/x/y").unwrap(), "1");
+    let first = c.next_event(SOON).unwrap().unwrap();
+    assert_eq!((&*first.path, &*first.token), ("/x", "kept"), "something may have changed meanwhile");
+    assert_eq!(c.next_event(Some(Duration::from_millis(50))).unwrap(), None, "only the watch that it still had");
+    other.write("/x/z", "").unwrap();
+    assert_eq!(c.next_event(SOON).unwrap().unwrap().path, "/x/z");
+    // One that only waits.
+    let event = std::thread::scope(|s| {
+        let waits = s.spawn(|| c.next_event(None));
+        std::thread::sleep(Duration::from_millis(50));
+        d.kill_and_restart();
+        waits.join().unwrap()
+    });
+    assert_eq!(event.unwrap().unwrap().token, "kept");
+}
+
+#[test]
+fn what_a_killed_daemon_did_not_answer_is_asked_again_or_said_to_be_unsure() {
+    let mut d = Running::start();
+    let mut c = d.client();
+    c.write("/x", "1").unwrap();
+    assert_eq!(d.killed_amid(|| c.read_string("/x")).unwrap(), "1");
+    let e = d.killed_amid(|| c.write("/x", "2")).unwrap_err();
+    assert!(matches!(&e, Error::Unsure { what, .. } if what == "/x"), "{e}");
+    // It is connected again all the same, and this daemon had not come to it.
+    assert_eq!(c.read_string("/x").unwrap(), "1");
+    d.killed_amid(|| c.watch("/x", "t")).unwrap();
+    assert_eq!(c.next_event(SOON).unwrap().unwrap().token, "t");
+    d.killed_amid(|| c.unwatch("/x", "t")).unwrap();
+    c.write("/x", "3").unwrap();
+    assert_eq!(c.next_event(Some(Duration::from_millis(50))).unwrap(), None);
+}
+
+#[test]
+fn a_transaction_that_a_killed_daemon_had_is_lost_as_by_a_conflict() {
+    let mut d = Running::start();
+    let mut c = d.client();
+    c.write("/n", "5").unwrap();
+    let mut tries = 0;
+    c.transaction(|t| {
+        tries += 1;
+        let n: u32 = t.read_string("/n")?.parse().unwrap();
+        if tries == 1 {
+            d.kill_and_restart();
+        }
+        t.write("/n", (n + 1).to_string())
+    })
+    .unwrap();
+    assert_eq!((tries, &*c.read_string("/n").unwrap()), (2, "6"));
+    // The next connection's first transaction has the same number as the one before: the old one must not touch it.
+    let mut t = c.begin().unwrap();
+    t.write("/n", "7").unwrap();
+    d.kill_and_restart();
+    assert_eq!(t.read("/n").unwrap_err().errno(), Some(Errno::EAGAIN));
+    assert_eq!(t.write("/n", "8").unwrap_err().errno(), Some(Errno::EAGAIN));
+    assert_eq!(t.commit().unwrap_err().errno(), Some(Errno::EAGAIN));
+    assert_eq!(c.read_string("/n").unwrap(), "6");
+    let mut t = c.begin().unwrap();
+    t.write("/n", "9").unwrap();
+    d.kill_and_restart();
+    t.abort().unwrap();
+    // Whether a commit came to be can't be known.
+    let mut t = c.begin().unwrap();
+    t.write("/n", "9").unwrap();
+    let e = d.killed_amid(|| t.commit()).unwrap_err();
+    assert!(matches!(e, Error::Unsure { .. }), "{e}");
+}
+
+#[test]
+fn one_that_comes_while_the_daemon_is_away_may_wait() {
+    let mut d = Running::start();
+    let socket = d.socket();
+    d.child.kill().unwrap();
+    d.child.wait().unwrap();
+    assert!(matches!(Client::connect(&socket), Err(Error::Connect { .. })), "nobody listens");
+    let got = std::thread::scope(|s| {
+        let waits = s.spawn(|| Client::connect_within(&socket, Duration::from_secs(10))?.read_opt("/x"));
+        std::thread::sleep(Duration::from_millis(100));
+        d.child = Running::spawn(d.dir.path());
+        waits.join().unwrap()
+    });
+    assert_eq!(got.unwrap(), None);
 }

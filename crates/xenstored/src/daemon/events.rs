@@ -46,6 +46,12 @@ const TOKEN_EVENTS: u64 = 1;
 const TOKEN_SIGNAL: u64 = 2;
 const TOKEN_CLIENT: u64 = 1 << 32;
 
+/// What is always watched for on a client's socket. Only news: one that was read empty is not looked at a second time.
+const CLIENT_FLAGS: epoll::EventFlags = epoll::EventFlags::ET.union(epoll::EventFlags::RDHUP);
+/// The other side is gone, or sends nothing any more.
+const CLIENT_ENDS: epoll::EventFlags =
+    epoll::EventFlags::RDHUP.union(epoll::EventFlags::HUP).union(epoll::EventFlags::ERR);
+
 #[derive(Debug)]
 struct Client {
     stream: UnixStream,
@@ -414,8 +420,9 @@ impl Daemon {
                     if flags.intersects(epoll::EventFlags::OUT) {
                         self.flush(id);
                     }
-                    if flags.intersects(epoll::EventFlags::IN | epoll::EventFlags::HUP | epoll::EventFlags::ERR) {
-                        self.client_readable(id);
+                    let ends = flags.intersects(CLIENT_ENDS);
+                    if ends || flags.intersects(epoll::EventFlags::IN) {
+                        self.client_readable(id, ends);
                     }
                 }
             }
@@ -453,7 +460,7 @@ impl Daemon {
 
     fn add_client(&mut self, id: ConnId, stream: UnixStream) -> std::io::Result<()> {
         stream.set_nonblocking(true)?;
-        let flags = epoll::EventFlags::IN;
+        let flags = CLIENT_FLAGS | epoll::EventFlags::IN;
         epoll::add(&self.epoll, &stream, epoll::EventData::new_u64(TOKEN_CLIENT + u64::from(id)), flags)?;
         self.clients.insert(id, Client { stream, unread: Vec::new(), flags });
         Ok(())
@@ -466,17 +473,25 @@ impl Daemon {
         self.store.close(id, &mut self.machine);
     }
 
-    fn client_readable(&mut self, id: ConnId) {
+    /// `ends`: what is read now may be followed by the end, of which there will be no more news.
+    fn client_readable(&mut self, id: ConnId, ends: bool) {
         let Some(c) = self.clients.get_mut(&id) else { return };
+        let mut more = ends;
         if c.unread.is_empty() {
             let mut buf = std::mem::take(&mut self.read_buf);
             let r = (&c.stream).read(&mut buf);
             let n = match r {
                 Ok(0) => None,
                 Ok(n) => Some(n),
-                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Some(0),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => Some(0),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {
+                    more = true;
+                    Some(0)
+                }
                 Err(_) => None,
             };
+            // Less than was asked for: the socket is empty.
+            more |= n == Some(buf.len());
             let done = n.map(|n| self.feed(id, &buf[..n]));
             self.read_buf = buf;
             match done {
@@ -491,11 +506,17 @@ impl Daemon {
         }
         // At once: what it asked for is there, and nothing has to be watched for then.
         self.flush(id);
+        if more && let Some(c) = self.clients.get_mut(&id) {
+            // Asking again makes it news again, once the others had their turn.
+            let data = epoll::EventData::new_u64(TOKEN_CLIENT + u64::from(id));
+            let _ = epoll::modify(&self.epoll, &c.stream, data, c.flags);
+        }
     }
 
     /// Gives bytes to the store as far as it takes them; the rest is kept.
     fn feed(&mut self, id: ConnId, mut bytes: &[u8]) -> Result<(), ()> {
-        let now = self.machine.now_ms();
+        // What depends on the time is for domains.
+        let now = 0;
         while !bytes.is_empty() {
             let full = self.store.connection(id).is_none_or(|c| c.out.len() > MAX_UNREAD);
             if full || self.store.wants(id, now) == 0 {
@@ -514,6 +535,7 @@ impl Daemon {
 
     fn flush(&mut self, id: ConnId) {
         loop {
+            self.store.unwake(id);
             let wrote = match self.write_out(id) {
                 Ok(wrote) => wrote,
                 Err(()) => return self.drop_client(id),
@@ -547,6 +569,9 @@ impl Daemon {
                 Ok(n) => {
                     self.store.wrote(id, n);
                     done = Ok(true);
+                    if n == buf.len() && n < WRITE_SIZE {
+                        break;
+                    }
                 }
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == ErrorKind::WouldBlock => break,
@@ -563,7 +588,7 @@ impl Daemon {
     /// Adjusts what epoll looks for.
     fn watch_client(&mut self, id: ConnId) {
         let Some(c) = self.clients.get_mut(&id) else { return };
-        let mut flags = epoll::EventFlags::empty();
+        let mut flags = CLIENT_FLAGS;
         if c.unread.is_empty() {
             flags |= epoll::EventFlags::IN;
         }
