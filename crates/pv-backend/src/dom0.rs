@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -138,10 +138,6 @@ impl Machine for Dom0 {
         let number = |name: &str| -> io::Result<u64> {
             text(name)?.parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("sysfs {name}")))
         };
-        // A partition is a part of what its disk is.
-        let part = base.join("partition").exists();
-        let start = if part { number("start")? } else { 0 };
-        let of_disk = |file: &str| text(&if part { format!("../{file}") } else { file.to_owned() }).ok();
         // A partition has the queue of its disk.
         let queue = if base.join("queue").is_dir() { "queue" } else { "../queue" };
         let block = |name: &str| Ok::<_, io::Error>(u32::try_from(number(&format!("{queue}/{name}"))?).unwrap_or(0));
@@ -153,7 +149,7 @@ impl Machine for Dom0 {
             physical_block: block("physical_block_size")?,
             write_back: text(&format!("{queue}/write_cache")).is_ok_and(|mode| mode == "write back"),
             read_only: number("ro")? != 0,
-            name: Name::find(of_disk).map(|name| Name { start, ..name }),
+            name: name(&base),
         })
     }
 
@@ -222,6 +218,24 @@ impl Machine for Dom0 {
 }
 
 /// As the hotplug script does: a name without a directory is in /dev.
+/// What the storage says of the disk with this folder in sysfs.
+fn name(folder: &Path) -> Option<Name> {
+    let text = |file: &str| fs::read_to_string(folder.join(file)).ok().map(|text| text.trim().to_owned());
+    // A partition is a part of what its disk is.
+    if folder.join("partition").exists() {
+        let start = text("start")?.parse().ok()?;
+        return Name::find(|file| text(&format!("../{file}"))).map(|name| Name { start, ..name });
+    }
+    Name::find(text).or_else(|| {
+        // A mapping of one device that is as large as the device shows all of it, at its place. One that encrypts shows something else.
+        let encrypts = text("dm/uuid")?.starts_with("CRYPT");
+        let mut slaves = fs::read_dir(folder.join("slaves")).ok()?.filter_map(Result::ok);
+        let (slave, None) = (slaves.next()?.path(), slaves.next()) else { return None };
+        let size = |folder: &Path| fs::read_to_string(folder.join("size")).ok();
+        (!encrypts && size(folder)? == size(&slave)?).then(|| name(&slave)).flatten()
+    })
+}
+
 fn device_path(path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("/dev/{path}") }
 }
@@ -289,6 +303,37 @@ fn run(script: &Script, limit: Duration) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mapping_of_a_whole_disk_has_its_name() {
+        let sysfs = tempfile::tempdir().unwrap();
+        let put = |file: &str, text: &str| {
+            let file = sysfs.path().join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(file, text).unwrap();
+        };
+        let found = || name(&sysfs.path().join("dm-0")).map(|name| name.to_string());
+        put("vda/serial", "lun\n");
+        put("vda/size", "2048\n");
+        put("dm-0/dm/uuid", "\n");
+        put("dm-0/size", "2048\n");
+        fs::create_dir_all(sysfs.path().join("dm-0/slaves")).unwrap();
+        assert_eq!(found(), None, "it maps nothing");
+        std::os::unix::fs::symlink("../../vda", sysfs.path().join("dm-0/slaves/vda")).unwrap();
+        assert_eq!(found().as_deref(), Some("serial lun"));
+        put("dm-0/size", "2047\n");
+        assert_eq!(found(), None, "a part, and nobody knows which");
+        put("dm-0/size", "2048\n");
+        put("dm-0/dm/uuid", "CRYPT-PLAIN-x\n");
+        assert_eq!(found(), None, "other contents");
+        put("dm-0/dm/uuid", "\n");
+        put("dm-0/slaves/vdb/size", "2048\n");
+        assert_eq!(found(), None, "of two disks");
+        // A partition is not its disk.
+        put("vda/vda1/partition", "1\n");
+        put("vda/vda1/start", "34\n");
+        assert_eq!(name(&sysfs.path().join("vda/vda1")).unwrap().to_string(), "serial lun from sector 34 on");
+    }
 
     #[test]
     fn samples_are_of_the_places_asked_for() {
