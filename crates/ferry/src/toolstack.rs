@@ -398,9 +398,20 @@ impl Toolstack for ServiceDomain {
             source::wait_drained(&self.machine, &*self.hypervisor, &inventory, self.limits.rollback_drain)
                 .doing("let the backends finish")?;
         }
-        unless_done(store.abort_import(domid), Errno::ENOENT)?;
-        // A connection that was attached ends with the shell. Released before, xenstored would not tell the end of a domain that it knows no
-        // more, xenconsoled would keep its page, and the shell would stay a zombie under the guest's domid.
+        // xenconsoled may hold the shell's page by now, and hears of its end only from a connection that ends with it: else the shell would
+        // stay a zombie under the guest's domid. So one is made where there is none yet, and none is released here.
+        let attached = match inventory.store_port {
+            Some(port) if self.hypervisor.domain_info(offer.identity.domid).is_ok() => {
+                match store.attach_domain(domid, port) {
+                    Ok(()) => true,
+                    Err(error) => error.errno() == Some(Errno::EISCONN),
+                }
+            }
+            _ => false,
+        };
+        if !attached {
+            unless_done(store.abort_import(domid), Errno::ENOENT)?;
+        }
         let uuid = offer.identity.uuid.to_string();
         records::remove(&mut store, domid, &uuid, Path::new(records::USERDATA)).doing("remove its records")
     }

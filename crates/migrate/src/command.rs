@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 /// A command that was not taken up within this time is not taken up any more: whoever said so may have changed his mind, or the other
 /// host is not fenced any longer.
 const TAKEN_UP: Duration = Duration::from_secs(2);
+/// The same for one that is said when the other host is gone: an attempt to reach it takes up to 20 s (connecting and greeting), and
+/// nothing is taken up meanwhile.
+const TAKEN_UP_WITHOUT_PEER: Duration = Duration::from_secs(25);
 /// An answer may come so much after it.
 const GRACE: Duration = Duration::from_millis(500);
 
@@ -37,16 +40,24 @@ pub(crate) struct Command<T> {
 
 /// Where its answer comes.
 #[derive(Debug)]
-pub(crate) struct Answer(mpsc::Receiver<Result<(), Denied>>);
+pub(crate) struct Answer {
+    answered: mpsc::Receiver<Result<(), Denied>>,
+    time: Duration,
+}
 
 impl<T> Command<T> {
     pub fn new(what: T) -> (Self, Answer) {
         Command::within(what, TAKEN_UP)
     }
 
+    /// One that is said when the other host can't be reached.
+    pub fn without_peer(what: T) -> (Self, Answer) {
+        Command::within(what, TAKEN_UP_WITHOUT_PEER)
+    }
+
     fn within(what: T, time: Duration) -> (Self, Answer) {
         let (answer, answered) = mpsc::channel();
-        (Command { what, until: Instant::now() + time, answer }, Answer(answered))
+        (Command { what, until: Instant::now() + time, answer }, Answer { answered, time })
     }
 
     /// Nobody expects it to do anything any more.
@@ -62,7 +73,7 @@ impl<T> Command<T> {
 impl Answer {
     /// `look` tells the migration's state and what it waits for, if there is no answer.
     pub fn wait<S: Debug>(self, look: impl FnOnce() -> (S, Option<String>)) -> Result<(), NotDone> {
-        match self.0.recv_timeout(TAKEN_UP + GRACE) {
+        match self.answered.recv_timeout(self.time + GRACE) {
             Ok(answer) => Ok(answer?),
             Err(mpsc::RecvTimeoutError::Timeout) => Err(busy(look())),
             // A migration whose thread has ended has nothing left to decide; one that was too busy for it has said nothing.

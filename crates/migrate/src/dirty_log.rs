@@ -67,7 +67,11 @@ impl DirtyLog {
             )
             .todo("try again when its balloon rests"));
         }
-        hv.log_dirty_mark(dom, &self.marks).doing("mark pages in the log of its writes")
+        hv.log_dirty_mark(dom, &self.marks).doing("mark pages in the log of its writes")?;
+        // One that its balloon took just before bears no mark. One that goes later keeps it.
+        let mut types = hv.page_types(dom, &self.marks)?.into_iter();
+        self.marks.retain(|_| types.next() == Some(PageType::Ram));
+        Ok(())
     }
 
     /// Ends it, unless it is somebody else's by now: stock tools would go on with a log that is empty.

@@ -153,13 +153,25 @@ impl<K: RecordKind> Journal<K> {
     }
 
     /// Appends a record; it is on disk when this returns.
+    ///
+    /// # Errors
+    /// It is not, and will not be found there later: whoever goes on without it must not be overruled by it after a restart.
     pub fn append(&mut self, kind: K, payload: &[u8]) -> Result<(), JournalError> {
         let io = |cause| JournalError::Io { path: self.path.clone(), cause };
         if payload.len() > MAX_PAYLOAD {
             return Err(io(io::Error::other(format!("record of {} bytes is too long", payload.len()))));
         }
-        self.file.write_all(&encode_record(kind, payload)).map_err(io)?;
-        self.file.sync_data().map_err(io)?;
+        let before = self.file.metadata().map_err(io)?.len();
+        if let Err(cause) = self.file.write_all(&encode_record(kind, payload)).and_then(|()| self.file.sync_data()) {
+            if let Err(error) = self.file.set_len(before).and_then(|()| self.file.sync_data()) {
+                tracing::error!(
+                    "{}: {error}: a record that could not be written may be read back",
+                    self.path.display()
+                );
+            }
+            let _ = self.file.seek(SeekFrom::End(0));
+            return Err(io(cause));
+        }
         self.records.push((kind, payload.to_vec()));
         Ok(())
     }

@@ -186,7 +186,9 @@ impl Precopy {
     /// How long the guest may be paused before the move is given up because the other host, or the way there, is too slow: what the operator
     /// allows, and several times what was expected, since a move that is nearly done is worth a little more.
     pub fn patience(&self, least: Duration, most: Duration) -> Duration {
-        let expected = self.limits.fixed + self.time_to_send(self.pages);
+        // Before the last round what is left; after it, when nothing is, what it was.
+        let pages = if self.dirty > 0 { self.dirty } else { self.pages };
+        let expected = self.limits.fixed + self.time_to_send(pages);
         self.limits.downtime.max(expected * EXPECTED_TIMES).clamp(least, most.max(least))
     }
 

@@ -119,7 +119,7 @@ impl Destinations {
             let incoming = incoming.lock().unwrap_or_else(PoisonError::into_inner);
             (incoming.state, incoming.waiting_for.clone())
         };
-        let (command, answer) = Command::new(peer_fenced);
+        let (command, answer) = Command::without_peer(peer_fenced);
         match tx.try_send(Input::Operator(command)) {
             Ok(()) => answer.wait(look),
             Err(mpsc::TrySendError::Full(_)) => Err(command::busy(look())),

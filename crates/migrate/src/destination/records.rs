@@ -82,7 +82,9 @@ impl Run {
                 self.todo.clear();
                 let (machine, actions) = Destination::recover(DestinationRecord::Begin);
                 self.machine = machine;
-                self.todo.extend(actions.into_iter().filter(|a| !matches!(a, DestinationAction::Journal(_))));
+                // Not to be found as accepted after a restart. Before Begin there is nothing to be found.
+                let write = record != DestinationRecord::Begin;
+                self.todo.extend(actions.into_iter().filter(|a| write || !matches!(a, DestinationAction::Journal(_))));
             }
             DestinationRecord::Refused | DestinationRecord::Running | DestinationRecord::Closed => {}
         }

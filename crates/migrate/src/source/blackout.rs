@@ -22,6 +22,7 @@ impl Run {
         let hv = self.host.hypervisor.clone();
         let dom = self.dom();
         thread::sleep(BREATH);
+        self.look_at_size()?;
         // The pages that Xen writes to by itself are found before the pause; what changes until then is found after it again.
         if hv.domain_info(dom)?.paused {
             // Nothing was done that a roll-back would have to undo, this pause least of all.

@@ -76,6 +76,7 @@ impl Run {
         while self.pings.iter().any(|(waiting, _)| *waiting == number) && since.elapsed() < DRY_LIMIT {
             thread::sleep(DRY_POLL);
             self.check()?;
+            self.look_at_size()?;
         }
         Ok(())
     }

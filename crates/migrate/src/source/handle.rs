@@ -1,7 +1,7 @@
 //! What others hold of a running migration.
 
 use super::Input;
-use crate::command::{Command, NotDone};
+use crate::command::{Answer, Command, NotDone};
 use crate::handshake::{Denied, SourceEvent, SourceState};
 use crate::report::{Progress, Report};
 use hypervisor::DomId;
@@ -49,16 +49,15 @@ impl Handle {
 
     /// Answered at once, or with what it is busy with.
     pub fn cancel(&self) -> std::result::Result<(), NotDone> {
-        self.command(SourceEvent::Cancel)
+        self.command(Command::new(SourceEvent::Cancel))
     }
 
-    /// As [`Handle::cancel`].
+    /// As [`Handle::cancel`], but patient: the other host is mostly gone when this is said.
     pub fn resolve(&self, peer_fenced: bool) -> std::result::Result<(), NotDone> {
-        self.command(SourceEvent::Resolve { peer_fenced })
+        self.command(Command::without_peer(SourceEvent::Resolve { peer_fenced }))
     }
 
-    fn command(&self, event: SourceEvent) -> std::result::Result<(), NotDone> {
-        let (command, answer) = Command::new(event);
+    fn command(&self, (command, answer): (Command<SourceEvent>, Answer)) -> std::result::Result<(), NotDone> {
         // A migration whose thread has ended has nothing left to decide.
         self.input.send(Input::Operator(command)).map_err(|_| Denied::NothingToResolve)?;
         answer.wait(|| (self.state().unwrap_or(SourceState::Offering), self.progress().waiting_for))

@@ -51,9 +51,10 @@ impl Run {
         self.why.get_or_insert_with(|| format!("write the journal: {error}"));
         self.todo.clear();
         match record {
-            // Go has not been sent, so this side may still decide, and remembers that it does.
+            // Go has not been sent, so this side may still decide, and remembers that it does. Before Begin there is nothing to remember.
             SourceRecord::Begin | SourceRecord::Freeze | SourceRecord::Go => {
-                let (machine, actions) = Source::recover(SourceRecord::Abort);
+                let known = if record == SourceRecord::Begin { SourceRecord::Abort } else { SourceRecord::Begin };
+                let (machine, actions) = Source::recover(known);
                 self.machine = machine;
                 self.todo.extend(actions);
             }

@@ -476,8 +476,9 @@ impl Daemon {
     /// `ends`: what is read now may be followed by the end, of which there will be no more news.
     fn client_readable(&mut self, id: ConnId, ends: bool) {
         let Some(c) = self.clients.get_mut(&id) else { return };
-        let mut more = ends;
+        let mut more = false;
         if c.unread.is_empty() {
+            more = ends;
             let mut buf = std::mem::take(&mut self.read_buf);
             let r = (&c.stream).read(&mut buf);
             let n = match r {
