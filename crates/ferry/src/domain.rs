@@ -1,5 +1,6 @@
 //! Which domain an operator means.
 
+use crate::toolstack::STORE_ANSWERS;
 use anyhow::{Context, Result, bail};
 use hypervisor::{DomId, DomainInfo, Hypervisor};
 use uuid::Uuid;
@@ -10,8 +11,8 @@ pub fn find(hv: &dyn Hypervisor, name: &str) -> Result<DomId> {
     if let Some(dom) = by_number(&domains, name) {
         return dom;
     }
-    let mut store =
-        xenstore_client::Client::open().with_context(|| format!("can't look up the domain named {name}"))?;
+    let mut store = xenstore_client::Client::open_within(STORE_ANSWERS)
+        .with_context(|| format!("can't look up the domain named {name}"))?;
     let named: Vec<_> = domains
         .iter()
         .map(|d| d.domid)

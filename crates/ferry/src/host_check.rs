@@ -1,5 +1,6 @@
 //! What a host must have so that guests can be moved from it and to it, looked at without changing anything.
 
+use crate::toolstack::STORE_ANSWERS;
 use hypervisor::{Hypervisor, HypervisorError};
 use serde::Serialize;
 use std::fmt;
@@ -155,7 +156,7 @@ fn xen_findings(info: &hypervisor::HostInfo, proven: bool) -> Vec<Finding> {
 }
 
 fn xenstored() -> Finding {
-    let features = xenstore_client::Client::open().and_then(|mut c| c.ferry_features());
+    let features = xenstore_client::Client::open_within(STORE_ANSWERS).and_then(|mut c| c.ferry_features());
     match features {
         Ok(f) if f.is_empty() => Finding::bad(
             "xenstored",

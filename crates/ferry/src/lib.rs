@@ -15,6 +15,7 @@ pub mod exit;
 pub mod host_check;
 pub mod keeper;
 pub mod learned;
+mod stock_save;
 pub mod toolstack;
 mod undo;
 pub mod xl_config;

@@ -1,7 +1,7 @@
 //! The real service domain, put together from pv-backend and xenstore-client for the engine.
 
 use crate::keeper::Book;
-use crate::{autostart, undo};
+use crate::{autostart, stock_save, undo};
 use hypervisor::{DomId, GtPortKind, Hypervisor};
 use migrate::guest::{Device, GuestKind, Identity, Offer};
 use migrate::toolstack::{Description, Luggage, Toolstack};
@@ -68,7 +68,7 @@ fn inventory(details: &serde_json::Value) -> Result<Inventory> {
 
 /// A guest may be paused while the store is asked. Healthy, it answers within milliseconds; its update may take a second, and one that was
 /// killed is back by then.
-const STORE_ANSWERS: Duration = Duration::from_secs(5);
+pub(crate) const STORE_ANSWERS: Duration = Duration::from_secs(5);
 
 /// A connection for one step; the next step has one of its own, with whatever daemon there is then.
 fn store() -> Result<Client> {
@@ -126,6 +126,7 @@ fn unless_done(result: xenstore_client::Result<()>, done: Errno) -> Result<()> {
 
 impl Toolstack for ServiceDomain {
     fn describe(&self, dom: DomId) -> Result<Description> {
+        stock_save::refuse(Path::new(stock_save::PROC), dom)?;
         let mut store = store()?;
         if store.ferry_features().doing("ask xenstored what it can do")?.is_empty() {
             return Err(Trouble::new("this host's xenstored can't carry a guest's connection").todo(

@@ -926,6 +926,8 @@ fn a_guest_whose_memory_limit_changes_meanwhile_stays() {
     *lab.planted.2.lock().unwrap() = Some(hook);
     let report = lab.migrate();
     assert!(report.error.unwrap().contains("its memory limit was changed while its memory was copied"));
+    let frozen = report.steps.iter().any(|step| step.name == "freeze the store and console");
+    assert!(!frozen, "it is seen at the pause, not only before the commit: {:?}", report.steps);
     lab.settled_on(0);
 }
 
