@@ -173,6 +173,8 @@ fn streams_are_echoed_numbered_and_timed() {
         guest.send_udp(udp, Service::UdpStream, &frame(FrameKind::Udp, seq));
     }
     guest.send_udp(udp, Service::UdpStream, b"damaged");
+    // All of these have come before the silence begins, however busy the machine is.
+    guest.until(|_| peer.view()[0].udp_stream.counts.corrupt == 1);
     std::thread::sleep(Duration::from_millis(150));
     guest.send_udp(udp, Service::UdpStream, &frame(FrameKind::Udp, 5));
     let mut echoes = 0;

@@ -16,6 +16,8 @@ const MOST_NODES: usize = 1024;
 const LOAD_TOKEN: &str = "witness-load";
 /// How long an event may take.
 const EVENT_NS: u64 = 10_000_000_000;
+/// Of a turn of waiting for events no more than this counts; what is longer is an absence.
+const LONGEST_TURN_NS: u64 = 2_000_000_000;
 
 /// The watches that are held.
 #[derive(Debug, Default)]
@@ -289,8 +291,32 @@ fn start_watches(ctx: &Arc<Context>, baseline: &[StoreNode]) -> Result<(), Strin
     Ok(())
 }
 
+/// How long an event has not come, by the time that the guest was there: a second in which it was away is nobody's delay.
+#[derive(Debug, Default)]
+struct Overdue {
+    waited_ns: u64,
+    last_ns: u64,
+}
+
+impl Overdue {
+    /// A turn of the waiting, which lasts a second at the most.
+    fn turn(&mut self, now_ns: u64) {
+        self.waited_ns += now_ns.saturating_sub(self.last_ns).min(LONGEST_TURN_NS);
+        self.last_ns = now_ns;
+    }
+
+    /// All has come.
+    fn none(&mut self) {
+        self.waited_ns = 0;
+    }
+
+    fn is_too_long(&self) -> bool {
+        self.waited_ns > EVENT_NS
+    }
+}
+
 fn watch_events(ctx: &Context, c: &mut Client) {
-    let mut progress = mono_ns();
+    let mut overdue = Overdue { waited_ns: 0, last_ns: mono_ns() };
     let mut told = false;
     loop {
         match c.next_event(Some(Duration::from_secs(1))) {
@@ -300,7 +326,7 @@ fn watch_events(ctx: &Context, c: &mut Client) {
                 match state {
                     Some(s) if s.load => {
                         ctx.counters.watch_events.set(s.events);
-                        progress = mono_ns();
+                        overdue.none();
                         told = false;
                     }
                     Some(s) => {
@@ -316,10 +342,11 @@ fn watch_events(ctx: &Context, c: &mut Client) {
                 std::thread::sleep(Duration::from_secs(1));
             }
         }
+        overdue.turn(mono_ns());
         let missing = ctx.counters.watch_writes.get().saturating_sub(ctx.counters.watch_events.get());
         if missing == 0 {
-            progress = mono_ns();
-        } else if !told && mono_ns().saturating_sub(progress) > EVENT_NS {
+            overdue.none();
+        } else if !told && overdue.is_too_long() {
             told = true;
             ctx.notice(Noticed::WatchSilent { path: format!("{OWN_AREA}/watched"), missing });
         }
@@ -329,6 +356,21 @@ fn watch_events(ctx: &Context, c: &mut Client) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_absence_does_not_make_an_event_late() {
+        let second = 1_000_000_000;
+        let mut overdue = Overdue { waited_ns: 0, last_ns: 0 };
+        overdue.turn(16 * second);
+        assert!(!overdue.is_too_long(), "the guest was paused");
+        (17..=24).for_each(|n| overdue.turn(n * second));
+        assert!(!overdue.is_too_long());
+        overdue.turn(25 * second);
+        assert!(overdue.is_too_long());
+        overdue.none();
+        overdue.turn(26 * second);
+        assert!(!overdue.is_too_long());
+    }
 
     fn table() -> WatchTable {
         let state = |path: &str, token: &str, load| WatchState {
