@@ -61,8 +61,8 @@ mod tests {
     #[test]
     fn no_room_is_an_error_that_names_the_file() {
         let file = OpenOptions::new().write(true).open("/dev/full").unwrap();
-        let mut recording = Recording { path: "/root/stream".into(), file };
+        let mut recording = Recording { path: "/dev/full".into(), file };
         let error = recording.add(b"bytes").unwrap_err().to_string();
-        assert!(error.contains("/root/stream") && error.contains("where there is room"), "{error}");
+        assert!(error.contains("/dev/full") && error.contains("where there is room"), "{error}");
     }
 }

@@ -55,13 +55,19 @@ fn resident(d: &Stock) -> u64 {
     line.trim().trim_end_matches("kB").trim().parse().unwrap()
 }
 
+/// Our daemon, and the Xen that it sees, with all their files in `dir`.
+fn start(dir: &Path) -> (FakeXen, Stock) {
+    let programs = Programs::prepare(dir).unwrap();
+    let xen = FakeXen::create(&dir.join("xen")).unwrap();
+    let ours = Path::new(env!("CARGO_BIN_EXE_xenstored-on-files"));
+    let daemon = programs.start_other(ours, &[], &xen, &dir.join("run")).unwrap();
+    (xen, daemon)
+}
+
 #[test]
 fn the_others_are_served_whatever_a_guest_does() {
     let dir = tempfile::tempdir().unwrap();
-    let programs = Programs::prepare(dir.path()).unwrap();
-    let xen = FakeXen::create(&dir.path().join("xen")).unwrap();
-    let ours = Path::new(env!("CARGO_BIN_EXE_xenstored-on-files"));
-    let daemon = programs.start_other(ours, &[], &xen, &dir.path().join("run")).unwrap();
+    let (xen, daemon) = start(dir.path());
     let mut tool = Connection::socket(daemon.socket()).unwrap();
     introduce(&mut tool, &xen, BYSTANDER);
     let mut bystander = Connection::ring(&xen, BYSTANDER).unwrap();
@@ -131,10 +137,7 @@ fn heard(guest: &mut Connection<'_>, why: &str) {
 #[test]
 fn a_guest_over_its_quota_is_served_as_soon_as_the_quota_is_raised() {
     let dir = tempfile::tempdir().unwrap();
-    let programs = Programs::prepare(dir.path()).unwrap();
-    let xen = FakeXen::create(&dir.path().join("xen")).unwrap();
-    let ours = Path::new(env!("CARGO_BIN_EXE_xenstored-on-files"));
-    let daemon = programs.start_other(ours, &[], &xen, &dir.path().join("run")).unwrap();
+    let (xen, daemon) = start(dir.path());
     let mut tool = Connection::socket(daemon.socket()).unwrap();
     introduce(&mut tool, &xen, BYSTANDER);
     let mut guest = Connection::ring(&xen, BYSTANDER).unwrap();
