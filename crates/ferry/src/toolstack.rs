@@ -4,13 +4,14 @@ use crate::keeper::Book;
 use crate::{autostart, stock_save, undo};
 use hypervisor::{DomId, GtPortKind, Hypervisor};
 use migrate::guest::{Device, GuestKind, Identity, Offer};
-use migrate::toolstack::{Description, Luggage, Toolstack};
+use migrate::toolstack::{Description, Luggage, Packets, Toolstack};
 use migrate::{Doing, Result, Trouble};
 use pv_backend::console::Hold;
 use pv_backend::device::Inventory;
 use pv_backend::disk::Evidence;
 use pv_backend::dom0::Dom0;
 use pv_backend::frozen::{self, Frozen};
+use pv_backend::machine::Machine;
 use pv_backend::records::{self, Node, Records};
 use pv_backend::source::Limits;
 use pv_backend::store::Store;
@@ -44,6 +45,18 @@ pub struct ServiceDomain {
 impl std::fmt::Debug for ServiceDomain {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ServiceDomain").field("undo", &self.undo).finish_non_exhaustive()
+    }
+}
+
+/// The network devices of a guest's vifs.
+struct Vifs {
+    machine: Dom0,
+    vifs: Vec<String>,
+}
+
+impl Packets for Vifs {
+    fn received(&mut self) -> Option<u64> {
+        if self.vifs.is_empty() { None } else { self.vifs.iter().map(|vif| self.machine.packets(vif)).sum() }
     }
 }
 
@@ -371,6 +384,13 @@ impl Toolstack for ServiceDomain {
             store.attach_domain(domid, port).doing("connect xenstored with the guest")?;
         }
         self.wait_console(&inventory)
+    }
+
+    fn packets(&self, details: &serde_json::Value) -> Result<Box<dyn Packets>> {
+        let devices = inventory(details)?.devices;
+        let vifs =
+            devices.iter().filter(|device| device.class == device::Class::Vif).map(device::Device::netdev).collect();
+        Ok(Box::new(Vifs { machine: self.machine, vifs }))
     }
 
     fn announce(&self, offer: &Offer) -> Result<()> {

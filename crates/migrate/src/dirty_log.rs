@@ -37,9 +37,22 @@ impl DirtyLog {
         self.mark(hv, dom, &DirtyBitmap::new(0))
     }
 
-    /// The pages that were written to since the last look. `last`: the guest is paused, and no look follows.
-    pub fn look(&mut self, hv: &dyn Hypervisor, dom: DomId, bitmap: &mut DirtyBitmap, last: bool) -> Result<()> {
+    /// The pages that were written to since they were last taken, and all of them stay in the log. Costs the guest nothing.
+    pub fn look(&mut self, hv: &dyn Hypervisor, dom: DomId, bitmap: &mut DirtyBitmap) -> Result<()> {
+        hv.log_dirty_peek(dom, bitmap)?;
+        self.find_marks(bitmap)
+    }
+
+    /// The same, and they are clean from then on: the guest pays for it, since Xen has to be asked at its next access to each page of its
+    /// memory. `last`: it is paused, and no look follows.
+    pub fn take(&mut self, hv: &dyn Hypervisor, dom: DomId, bitmap: &mut DirtyBitmap, last: bool) -> Result<()> {
         hv.log_dirty_clean(dom, bitmap, last)?;
+        self.find_marks(bitmap)?;
+        // What is written between the look and the marks and is taken away in between would not show: some microseconds.
+        if last { Ok(()) } else { self.mark(hv, dom, bitmap) }
+    }
+
+    fn find_marks(&mut self, bitmap: &DirtyBitmap) -> Result<()> {
         if let Some(missing) = self.marks.iter().find(|gfn| !bitmap.contains(**gfn)) {
             self.stolen = true;
             return Err(Trouble::new(format!(
@@ -48,8 +61,7 @@ impl DirtyLog {
             ))
             .todo("try again when that is over"));
         }
-        // What is written between the look and the marks and is taken away in between would not show: some microseconds.
-        if last { Ok(()) } else { self.mark(hv, dom, bitmap) }
+        Ok(())
     }
 
     /// Pages that the guest has just not written to: it could put back what a thief has taken.

@@ -24,6 +24,7 @@ mod precopy;
 pub mod preflight;
 mod recording;
 pub mod report;
+mod silence;
 pub mod source;
 
 pub use precopy::Limits;

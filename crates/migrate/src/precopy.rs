@@ -1,7 +1,7 @@
 //! When to go on copying, when to pause the guest, and when to give up.
 
 use crate::report::{Round, micros};
-use hypervisor::{DirtyBitmap, PAGE_SIZE};
+use hypervisor::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
@@ -56,8 +56,6 @@ pub struct Precopy {
     total_bytes: u64,
     rounds: Vec<Round>,
     dirty: u64,
-    /// Dirtied before the last look and not sent since.
-    pub left_over: DirtyBitmap,
 }
 
 impl Default for Precopy {
@@ -79,7 +77,6 @@ impl Precopy {
             total_bytes: 0,
             rounds: Vec::new(),
             dirty: 0,
-            left_over: DirtyBitmap::new(0),
         }
     }
 

@@ -93,6 +93,27 @@ pub struct Report {
     /// From the pause to the unpause, split; the steps add up to it. For a guest that stayed: how long it was paused.
     pub blackout_us: u64,
     pub steps: Vec<Step>,
+    /// For a guest that has moved and whose vifs were not silent anyhow.
+    #[serde(default)]
+    pub silence: Option<Silence>,
+}
+
+impl Report {
+    /// How long nothing came from the guest's vifs: what its peers notice, but for the network's own delays. Microseconds.
+    pub fn silence_us(&self) -> Option<u64> {
+        let Silence { before_us, after_us } = self.silence?;
+        Some(before_us.saturating_add(self.blackout_us).saturating_add(after_us))
+    }
+}
+
+/// What makes the silence of the guest's vifs longer than the blackout: it may send only now and then, gets less of a CPU that it shares
+/// with its hosts' work on the move, and has to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Silence {
+    /// From its last packet to the pause, microseconds.
+    pub before_us: u64,
+    /// From the unpause to its first packet, microseconds.
+    pub after_us: u64,
 }
 
 /// What a host has of a guest.

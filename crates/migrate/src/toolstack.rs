@@ -35,9 +35,20 @@ pub struct Luggage {
     pub userdata: Vec<(String, Vec<u8>)>,
 }
 
+/// Counts what comes from a guest's vifs.
+pub trait Packets: Send {
+    /// So many packets so far; `None` if no vif is there to be asked.
+    fn received(&mut self) -> Option<u64>;
+}
+
 /// The service domain's side of a guest. Every operation that comes after [`Toolstack::freeze`] or [`Toolstack::go`] can be repeated: it
 /// finds what is done already.
 pub trait Toolstack: Send + Sync {
+    // ---- on both hosts ----
+
+    /// What can be told of its vifs here. `details` are those of the guest's [`Description`] or [`Offer`].
+    fn packets(&self, details: &serde_json::Value) -> Result<Box<dyn Packets>>;
+
     // ---- on the source ----
 
     /// Everything the guest has. Refuses, by name and reason, what can't move.

@@ -164,6 +164,10 @@ impl Machine for Dom0 {
         fs::read_to_string(format!("/sys/module/{module}/parameters/{name}")).ok()?.trim().parse().ok()
     }
 
+    fn packets(&self, device: &str) -> Option<u64> {
+        fs::read_to_string(net(device)?.join("statistics/rx_packets")).ok()?.trim().parse().ok()
+    }
+
     fn teach_bridge(&self, device: &str, address: [u8; 6]) -> io::Result<()> {
         let address = address.map(|byte| format!("{byte:02x}")).join(":");
         let arguments = ["fdb", "replace", &address, "dev", device, "master", "dynamic"].map(str::to_owned).to_vec();

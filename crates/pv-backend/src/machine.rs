@@ -77,6 +77,8 @@ pub trait Machine: Sync {
     fn samples(&self, path: &str, places: &[u64]) -> io::Result<Vec<Sample>>;
     /// A parameter of a module of dom0's kernel, "xen_blkback", "max_queues". `None` if there is none.
     fn module_parameter(&self, module: &str, name: &str) -> Option<u32>;
+    /// How many packets a network device has received; of a vif, those that the guest has sent. `None` if there is no such device.
+    fn packets(&self, device: &str) -> Option<u64>;
     /// Teaches the bridge of a network device that this address is behind it, whatever it had learned before.
     fn teach_bridge(&self, device: &str, address: [u8; 6]) -> io::Result<()>;
     /// Sends whole Ethernet frames out of a network device, in order.

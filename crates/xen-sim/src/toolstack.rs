@@ -4,7 +4,7 @@ use crate::xen::SimXen;
 use hypervisor::DomId;
 use hypervisor::Hypervisor;
 use migrate::guest::{Device, GuestKind, Identity, Offer};
-use migrate::toolstack::{Description, Luggage, StoreNode, Toolstack};
+use migrate::toolstack::{Description, Luggage, Packets, StoreNode, Toolstack};
 use migrate::{Result, Trouble};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +19,15 @@ pub struct Guest {
     pub frozen: bool,
     pub attached: bool,
     pub announced: bool,
+}
+
+/// Simulated guests send no packets.
+struct NoVifs;
+
+impl Packets for NoVifs {
+    fn received(&mut self) -> Option<u64> {
+        None
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -182,6 +191,10 @@ impl Toolstack for SimToolstack {
         }
         g.attached = true;
         Ok(self.xen.bind_ports(offer.identity.domid, true)?)
+    }
+
+    fn packets(&self, _details: &serde_json::Value) -> Result<Box<dyn Packets>> {
+        Ok(Box::new(NoVifs))
     }
 
     fn announce(&self, offer: &Offer) -> Result<()> {

@@ -14,6 +14,8 @@ struct Moved {
     way: String,
     /// Steps of the blackout, as the tool reports them, in their order: where, what, ms. Empty for stock xl, which reports none.
     steps: Vec<(Place, String, f64)>,
+    /// How long the guest's vifs were silent before and after those, by the tool's report, ms.
+    around: Option<[f64; 2]>,
     /// The longest gap that the guest saw in a clock, ms.
     gap: Option<f64>,
     /// The longest time that the peer heard nothing, ms.
@@ -30,12 +32,15 @@ impl Moved {
         let ms = |key: &str| entry[key].as_f64().map(|seconds| seconds * 1e3);
         let report: Option<Report> =
             serde_json::from_value(entry["report"].clone()).context("moves[].report is no report of ferry")?;
+        let around =
+            report.as_ref().and_then(|r| r.silence).map(|s| [s.before_us, s.after_us].map(|us| us as f64 / 1e3));
         let steps = report.map(|r| r.steps).unwrap_or_default();
         Ok(Moved {
             guest: text("guest")?.to_owned(),
             stock: text("how")?.starts_with("xl"),
             way: format!("{} to {}", text("from")?, text("to")?),
             steps: steps.into_iter().map(|s| (s.place, s.name, s.micros as f64 / 1e3)).collect(),
+            around,
             gap: ms("clock_gap"),
             silence: ms("udp_silence"),
             total: entry["total"].as_f64(),
@@ -48,8 +53,16 @@ impl Moved {
         (!self.steps.is_empty()).then(|| self.steps.iter().map(|(_, _, ms)| ms).sum())
     }
 
-    /// What the steps add up to, as a part of what the peer saw.
+    /// What the report adds up to, as a part of what the peer saw: the steps of the blackout, and the silences before and after them.
     fn accounted(&self) -> Option<f64> {
+        ratio(
+            self.blackout().zip(self.around).map(|(blackout, [before, after])| before + blackout + after),
+            self.silence,
+        )
+    }
+
+    /// Only what of it is the blackout.
+    fn blackout_of_silence(&self) -> Option<f64> {
         ratio(self.blackout(), self.silence)
     }
 
@@ -74,11 +87,14 @@ fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
 /// A figure of one move.
 type Figure = fn(&Moved) -> Option<f64>;
 /// Its name in JSON, its title, and the digits behind the point.
-const FIGURES: [(&str, &str, usize, Figure); 6] = [
+const FIGURES: [(&str, &str, usize, Figure); 9] = [
     ("blackout_ms", "blackout, ms", 0, Moved::blackout),
     ("clock_gap_ms", "clock gap, ms", 0, |m| m.gap),
     ("udp_silence_ms", "UDP silence, ms", 0, |m| m.silence),
-    ("steps_of_silence", "steps/silence", 3, Moved::accounted),
+    ("before_ms", "before, ms", 0, |m| m.around.map(|[before, _]| before)),
+    ("after_ms", "after, ms", 0, |m| m.around.map(|[_, after]| after)),
+    ("steps_of_silence", "report/silence", 3, Moved::accounted),
+    ("blackout_of_silence", "blackout/silence", 3, Moved::blackout_of_silence),
     ("total_s", "total, s", 1, |m| m.total),
     ("sent_mib", "MiB", 1, |m| m.sent),
 ];
@@ -247,7 +263,7 @@ mod tests {
         let report = json!({
             "id": "00000000-0000-0000-0000-000000000001", "domid": 1, "name": guest, "peer": "10.77.0.102",
             "moved": true, "error": null, "ending": "moved", "rounds": [], "bytes": 5, "total_ms": 9,
-            "blackout_us": total, "steps": steps,
+            "blackout_us": total, "steps": steps, "silence": {"before_us": 20_000, "after_us": 30_000},
         });
         json!({
             "guest": guest, "how": how, "from": "a", "to": "b", "moved": true, "bytes": 3 << 20, "total": 12.5,
@@ -280,12 +296,15 @@ mod tests {
         let figures = Figures::read(&run()).expect("figures");
         assert_eq!(figures.count(), 8, "one of nine failed");
         let text = figures.text();
-        assert_eq!(row(&text, "256 MiB  ferry migrate a to b"), ["900", "500", "1000", "0.900", "12.5", "3.0"]);
-        // The median of the moves' own ratios (0.9, 0.967, 1.0), not the ratio of the medians.
+        assert_eq!(
+            row(&text, "256 MiB  ferry migrate a to b"),
+            ["900", "500", "1000", "20", "30", "0.950", "0.900", "12.5", "3.0"]
+        );
+        // The medians of the moves' own ratios (0.9, 0.967, 1.0 and 0.95, 0.983, 1.045), not the ratios of the medians.
         let medians = row(&text, "256 MiB  ferry migrate, median of 3");
-        assert_eq!(medians, ["1100", "500", "1100", "0.967", "12.5", "3.0"]);
+        assert_eq!(medians, ["1100", "500", "1100", "20", "30", "0.983", "0.967", "12.5", "3.0"]);
         let stock = row(&text, "1 GiB    xl migrate, median of 2");
-        assert_eq!(stock, ["-", "500", "5500", "-", "12.5", "3.0"]);
+        assert_eq!(stock, ["-", "500", "5500", "-", "-", "-", "-", "12.5", "3.0"]);
         assert_eq!(row(&text, "256 MiB  UDP silence, ferry/xl"), ["0.250"]);
         assert_eq!(row(&text, "1 GiB    UDP silence, ferry/xl"), ["0.236"]);
         assert_eq!(row(&text, "UDP silence, 1 GiB/256 MiB"), ["1.182"]);
@@ -314,7 +333,7 @@ mod tests {
         let mut report = run();
         report["moves"][0]["udp_silence"] = Value::Null;
         let text = Figures::read(&report).expect("figures").text();
-        assert_eq!(row(&text, "256 MiB  ferry migrate a to b")[2..4], ["-", "-"]);
+        assert_eq!(row(&text, "256 MiB  ferry migrate a to b")[2..7], ["-", "20", "30", "-", "-"]);
         let nothing = Figures::read(&json!({"moves": []})).expect("figures");
         assert_eq!(row(&nothing.text(), "256 MiB  UDP silence, ferry/xl"), ["-"]);
         assert!(Figures::read(&json!({})).is_err());

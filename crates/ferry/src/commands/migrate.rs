@@ -4,7 +4,7 @@ use crate::config::{self, Config, Mode};
 use crate::control::{Answer, Client, DryRun, Migrate, Request, Status};
 use crate::exit::{Exit, Failure};
 use anyhow::{Context, Result};
-use migrate::report::{Phase, Place, Progress, Report};
+use migrate::report::{Phase, Place, Progress, Report, Silence};
 use std::fs::File;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -256,6 +256,13 @@ fn print_report(report: &Report) {
             Place::Destination => "destination",
         };
         println!("  {:>10.1} ms  {place:<12} {}", step.micros as f64 / 1e3, step.name);
+    }
+    if let Some((Silence { before_us, after_us }, silence_us)) = report.silence.zip(report.silence_us()) {
+        let ms = |us: u64| us as f64 / 1e3;
+        println!("  {:.1} ms without a packet of the guest's:", ms(silence_us));
+        println!("  {:>10.1} ms  {:<12} last packet to pause", ms(before_us), "source");
+        println!("  {:>10.1} ms  {:<12} blackout", ms(report.blackout_us), "");
+        println!("  {:>10.1} ms  {:<12} unpause to first packet", ms(after_us), "destination");
     }
 }
 

@@ -180,6 +180,10 @@ struct Run {
     away: Away,
     /// From the pause to the unpause, once it runs.
     blackout_ns: u64,
+    /// It sent packets until the pause.
+    talks: bool,
+    /// From the unpause to the first packet of its vifs.
+    first_packet: Option<Duration>,
     timeline: Timeline,
     why: Vec<String>,
     warnings: Vec<String>,
@@ -216,6 +220,8 @@ impl Run {
             restored: None,
             away: Away::default(),
             blackout_ns: 0,
+            talks: false,
+            first_packet: None,
             timeline: Timeline::start(Place::Destination),
             why: Vec::new(),
             warnings: Vec::new(),

@@ -2,8 +2,10 @@
 
 use super::Run;
 use crate::restore::{self, PAUSES};
+use crate::silence::Ear;
 use crate::trouble::{Doing, Result, Trouble};
 use hypervisor::GtPortKind;
+use std::time::Instant;
 
 impl Run {
     pub(super) fn connect(&mut self) -> Result<()> {
@@ -51,23 +53,27 @@ impl Run {
                 if info.paused {
                     restore::watchdogs(&*hv, dom, &gt)?;
                 }
-                for _ in 0..PAUSES {
-                    if hv.domain_info(dom)?.paused {
-                        // The last of these counts: from then on the guest may run.
-                        self.blackout_ns = self.away.at(hv.now()?);
-                        hv.unpause(dom)?;
-                    }
-                }
-                self.timeline.mark("unpause");
             }
             // It was started before this host was restarted, or has ended since: there is nothing to start any more.
             Ok(_) => return Ok(()),
             Err(error) if error.is_no_such_domain() => return Ok(()),
             Err(error) => return Err(error.into()),
         }
+        let ear = self.talks.then(|| self.host.toolstack.packets(&offer.toolstack)).transpose()?.map(Ear::new);
+        let mut unpaused = Instant::now();
+        for _ in 0..PAUSES {
+            if hv.domain_info(dom)?.paused {
+                // The last of these counts: from then on the guest may run.
+                self.blackout_ns = self.away.at(hv.now()?);
+                hv.unpause(dom)?;
+                unpaused = Instant::now();
+            }
+        }
+        self.timeline.mark("unpause");
         if let Err(error) = self.host.toolstack.announce(&offer) {
             tracing::warn!("{}: announce: {error}", self.title());
         }
+        self.first_packet = ear.and_then(|mut ear| ear.wait(unpaused));
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use super::{Input, Run};
 use crate::guest::Offer;
 use crate::handshake::{DestinationAction, DestinationEvent, DestinationState, ToDestination, ToSource};
-use crate::report::{Place, Timeline};
+use crate::report::{Place, Timeline, micros};
 use crate::restore::Away;
 use crate::source::{GoDetails, StepsDetails, WhyDetails};
 use crate::wire::{Frame, Said};
@@ -81,6 +81,7 @@ impl Run {
                 Ok(details) => details,
                 Err(error) => return self.fail("read how long the guest has been away", error.into()),
             };
+            self.talks = details.talks;
             match self.host.hypervisor.now() {
                 Ok(now) => self.away = Away { away_ns: details.away_ns, at_host_ns: now },
                 Err(error) => return self.fail("read the host's time", error.into()),
@@ -106,7 +107,9 @@ impl Run {
             ToSource::Ready | ToSource::Running => {
                 let digest = self.digest.value();
                 let blackout_us = self.blackout_ns / 1000;
-                serde_json::to_value(StepsDetails { steps: self.timeline.steps().to_vec(), digest, blackout_us })
+                let first_packet_us = self.first_packet.map(micros);
+                let steps = self.timeline.steps().to_vec();
+                serde_json::to_value(StepsDetails { steps, digest, blackout_us, first_packet_us })
             }
             ToSource::Bye => Ok(serde_json::Value::Null),
         };

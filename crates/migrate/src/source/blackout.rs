@@ -11,17 +11,23 @@ use crate::trouble::{Doing, Result, Trouble};
 use hypervisor::{DirtyBitmap, Gfn, GtStep, PAGE_SIZE, PageType};
 use std::collections::BTreeSet;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long dom0 rests before the pause. Copying keeps dom0's CPU busy, and a guest that shares it waits for its turn and for its packets to
 /// be carried out. Paused then, it would have been silent for longer than its blackout.
 const BREATH: Duration = Duration::from_millis(20);
+/// How often it is looked meanwhile whether packets of the guest's have come.
+const LISTEN_EVERY: Duration = Duration::from_millis(2);
 
 impl Run {
     pub(super) fn freeze(&mut self) -> Result<()> {
         let hv = self.host.hypervisor.clone();
         let dom = self.dom();
-        thread::sleep(BREATH);
+        let rested = Instant::now();
+        while rested.elapsed() < BREATH {
+            thread::sleep(LISTEN_EVERY);
+            self.listen();
+        }
         self.look_at_size()?;
         // The pages that Xen writes to by itself are found before the pause; what changes until then is found after it again.
         if hv.domain_info(dom)?.paused {
@@ -37,6 +43,9 @@ impl Run {
             hv.pause(dom)?;
         }
         timeline.mark("pause");
+        // What it sent last is on its way now.
+        self.listen();
+        self.silent_before = self.ear.take().and_then(|ear| ear.silent_for());
         let before = hv.gt_state(dom)?;
         self.paused_at_ns = u64::try_from(before.host_now_ns).unwrap_or(0);
         self.freeze = Some(Freeze { watchdogs: before.watchdogs.clone(), paused_at_ns: self.paused_at_ns });
@@ -58,8 +67,7 @@ impl Run {
         self.mark("drain the backends");
 
         let mut bitmap = self.bitmap()?;
-        self.dirty_log.look(&*hv, dom, &mut bitmap, true)?;
-        bitmap.union(&self.precopy.left_over);
+        self.dirty_log.take(&*hv, dom, &mut bitmap, true)?;
         let mut state = capture::state(&*hv, dom, before.guest_now_ns(), self.paused_at_ns)?;
         state.gt.watchdogs = before.watchdogs;
         capture::unmarked_pages(&state.params, &state.gt).into_iter().for_each(|gfn| {

@@ -6,6 +6,7 @@ use crate::image;
 use crate::precopy::{Judgement, Precopy};
 use crate::preflight;
 use crate::report::{Ending, millis};
+use crate::silence::Ear;
 use crate::trouble::{Doing, Result, Trouble};
 use hypervisor::{DirtyBitmap, Gfn, PAGE_SIZE, PageType};
 use std::collections::BTreeSet;
@@ -24,6 +25,7 @@ impl Run {
         let offer = self.offer.clone();
         image::write_head(&mut self.encoder, &offer);
         let mut todo: Vec<Gfn> = gfns(&offer.shell.ram).collect();
+        self.ear = Some(Ear::new(self.host.toolstack.packets(&offer.toolstack)?));
         self.progress(|p| p.total_pages = offer.shell.total_pages);
         self.precopy = Precopy::new(self.limits.clone());
         let mut resizes = 0;
@@ -32,15 +34,13 @@ impl Run {
             self.send_pages(&todo)?;
             self.flush()?;
             let mut bitmap = self.bitmap()?;
-            self.dirty_log.look(&*hv, dom, &mut bitmap, false)?;
+            self.dirty_log.look(&*hv, dom, &mut bitmap)?;
             let judgement = self.precopy.end_round(bitmap.count());
             let (dirty_rate, expected) = (self.precopy.dirty_rate(), self.precopy.expected_blackout());
             self.progress(|p| {
                 p.dirty_rate = dirty_rate;
                 p.expected_blackout_ms = millis(expected);
             });
-            // What this look at the bitmap has marked clean is sent in the next round, or after the pause.
-            todo = bitmap.iter().collect();
             self.look_at_size()?;
             if std::mem::take(&mut self.resized) {
                 resizes += 1;
@@ -50,16 +50,18 @@ impl Run {
                         Trouble::new("its memory changes in size all the time").todo("wait until its balloon rests")
                     );
                 }
+                self.dirty_log.take(&*hv, dom, &mut bitmap, false)?;
                 let now: BTreeSet<Gfn> = hv.ram_gfns(dom)?.into_iter().collect();
                 todo = now.union(&self.known).copied().collect();
                 continue;
             }
             match judgement {
-                Judgement::Again => {}
-                Judgement::Freeze => {
-                    self.precopy.left_over = bitmap;
-                    return self.let_link_run_dry();
+                Judgement::Again => {
+                    self.dirty_log.take(&*hv, dom, &mut bitmap, false)?;
+                    todo = bitmap.iter().collect();
                 }
+                // The log is taken after the pause: a guest that has just paid for that is slow, and its peers hear less of it.
+                Judgement::Freeze => return self.let_link_run_dry(),
                 Judgement::GiveUp(why) => {
                     self.ending = Ending::GivenUp;
                     return Err(Trouble::new(why));
@@ -75,6 +77,7 @@ impl Run {
         let number = self.send_ping()?;
         while self.pings.iter().any(|(waiting, _)| *waiting == number) && since.elapsed() < DRY_LIMIT {
             thread::sleep(DRY_POLL);
+            self.listen();
             self.check()?;
             self.look_at_size()?;
         }
@@ -90,6 +93,10 @@ impl Run {
         Ok(())
     }
 
+    pub(super) fn listen(&mut self) -> bool {
+        self.ear.as_mut().is_some_and(Ear::listen)
+    }
+
     pub(super) fn bitmap(&self) -> Result<DirtyBitmap> {
         let hv = &*self.host.hypervisor;
         Ok(DirtyBitmap::new(preflight::reach(hv, &hv.domain_info(self.dom())?)?.0 + 1))
@@ -101,6 +108,7 @@ impl Run {
         let mut left = pages.len() as u64;
         for batch in pages.chunks(BATCH) {
             self.check()?;
+            self.listen();
             self.look_at_size()?;
             let buffer = buffer.get_mut(..batch.len() * PAGE_SIZE).ok_or_else(|| Trouble::new("batch too long"))?;
             let read = hv.read_pages(self.dom(), batch, buffer).doing("read the guest's memory")?;

@@ -25,7 +25,8 @@ use crate::link::Sender;
 use crate::own_fault;
 use crate::precopy::{Limits, Precopy};
 use crate::recording::Recording;
-use crate::report::{Ending, Step, Timeline};
+use crate::report::{Ending, Silence, Step, Timeline};
+use crate::silence::Ear;
 use crate::toolstack::Description;
 use crate::trouble::{Doing, Result, Trouble};
 use crate::wire::{Digest, Frame};
@@ -71,6 +72,9 @@ pub struct Request {
 pub struct GoDetails {
     /// From the pause to this word, half the round trip included.
     pub away_ns: u64,
+    /// Packets came from its vifs shortly before the pause, so that they may be waited for after the unpause.
+    #[serde(default)]
+    pub talks: bool,
 }
 
 /// What the destination says with `Ready` and `Running`: how long each step took.
@@ -84,6 +88,9 @@ pub struct StepsDetails {
     /// With `Running`: from the pause to the unpause.
     #[serde(default)]
     pub blackout_us: u64,
+    /// With `Running`: from the unpause to the first packet of the guest's vifs, if one came.
+    #[serde(default)]
+    pub first_packet_us: Option<u64>,
 }
 
 /// What the destination says with `Accept`, `Refuse` and `Returned`.
@@ -210,6 +217,10 @@ struct Run {
     resized: bool,
     state: Option<GuestState>,
     timeline: Option<Timeline>,
+    ear: Option<Ear>,
+    /// How long nothing came from its vifs before the pause.
+    silent_before: Option<Duration>,
+    silence: Option<Silence>,
     paused_at_ns: u64,
     started: Instant,
     ending: Ending,
@@ -266,6 +277,9 @@ impl Run {
             resized: false,
             state: None,
             timeline: None,
+            ear: None,
+            silent_before: None,
+            silence: None,
             paused_at_ns: 0,
             started: now,
             ending: Ending::Failed,

@@ -3,7 +3,7 @@
 use super::offering::unreachable_peer;
 use super::{GoDetails, Input, LEAST_PAUSE, PING_EVERY, REPEAT_AFTER, Run, StepsDetails, WhyDetails};
 use crate::handshake::{Denied, SourceAction, SourceEvent, SourceState, ToDestination, ToSource};
-use crate::report::Ending;
+use crate::report::{Ending, Silence};
 use crate::trouble::{Doing, Result, Trouble};
 use crate::wire::{Frame, Said};
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ impl Run {
             }
             ToDestination::Final | ToDestination::Go => {
                 let away_ns = self.away_ns()?.saturating_add(self.half_round_trip_ns());
-                serde_json::to_value(GoDetails { away_ns })?
+                serde_json::to_value(GoDetails { away_ns, talks: self.silent_before.is_some() })?
             }
             ToDestination::Abort => {
                 serde_json::to_value(WhyDetails { why: self.why.clone().into_iter().collect(), warnings: Vec::new() })?
@@ -281,6 +281,8 @@ impl Run {
                 if let Some(timeline) = &mut self.timeline {
                     timeline.end_remote(details.steps, details.blackout_us, "carry the commit");
                 }
+                let after = details.first_packet_us.map(Duration::from_micros);
+                self.silence = self.silent_before.zip(after).map(|(before, after)| Silence::new(before, after));
             }
             (ToSource::Accept, SourceState::Offering) => {
                 self.warnings = serde_json::from_value::<WhyDetails>(said.details.clone()).unwrap_or_default().warnings;

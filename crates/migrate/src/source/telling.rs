@@ -57,6 +57,7 @@ impl Run {
             total_ms: millis(self.started.elapsed()),
             blackout_us: self.timeline.as_ref().map_or(0, Timeline::total_micros),
             steps,
+            silence: self.silence,
         };
         tracing::info!(id = %self.id, "{}: {ending:?}, blackout {} µs", self.title(), report.blackout_us);
         *self.shared.report.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);

@@ -311,6 +311,10 @@ impl Machine for Host {
         Some(if name == "max_queues" { self.state.lock().unwrap().max_queues } else { 4 })
     }
 
+    fn packets(&self, _device: &str) -> Option<u64> {
+        None
+    }
+
     fn teach_bridge(&self, device: &str, address: [u8; 6]) -> io::Result<()> {
         self.state.lock().unwrap().taught.push((device.to_owned(), address));
         Ok(())
