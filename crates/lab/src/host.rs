@@ -277,6 +277,7 @@ impl Host {
         if !self.resumed && !self.config.cold {
             self.snapshot.save(self.name(), &self.qemu)?;
         }
+        self.qemu.tick()?;
         for file in &self.config.files {
             self.put_file(&file.local, &file.remote, file.mode)?;
         }
