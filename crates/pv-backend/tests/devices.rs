@@ -282,6 +282,31 @@ fn a_rollback_goes_on_after_a_device_that_fails_and_names_it() {
     assert!(host.state.lock().unwrap().bound.contains("vbd-7-51712"));
 }
 
+/// As on the destination: netback says that it is connected when it could not connect.
+#[test]
+fn a_rollback_does_not_believe_a_backend_that_its_kernel_has_given_up() {
+    let host = Host::new();
+    with_guest(&host, DOM);
+    let found = found(&host);
+    // What its kernel said of it long ago, and has got over.
+    host.put("/local/domain/0/error/backend/vbd/7/51712/error", "28 of old");
+    let saved = snapshot(&host, &mut host.store(), &found).unwrap();
+    let guest = Guest::drains_after(1);
+    release(&host, &Counting(&guest), &found, &Limits::default()).unwrap();
+    host.state.lock().unwrap().closes.insert("vif-7-0".into());
+    let back = || rollback(&host, &mut host.store(), &Counting(&guest), &found, &saved, &Limits::default());
+    for attempt in ["the first", "the next, which finds it bound"] {
+        let error = back().unwrap_err();
+        assert_eq!(host.get("/local/domain/0/backend/vif/7/0/state").as_deref(), Some("4"));
+        assert!(matches!(&error, Error::Unconnected { device, .. } if device == "vif-7-0"), "{attempt}: {error}");
+    }
+    // Its guest can't be let run without it, so it is tried until it connects.
+    host.state.lock().unwrap().closes.clear();
+    back().unwrap();
+    assert_eq!(host.get("/local/domain/0/error/backend/vif/7/0/error"), None);
+    assert_eq!(snapshot(&host, &mut host.store(), &found).unwrap(), saved);
+}
+
 #[test]
 fn a_rollback_does_without_a_device_that_was_taken_away() {
     let host = Host::new();
