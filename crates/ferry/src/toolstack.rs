@@ -126,7 +126,7 @@ fn unless_done(result: xenstore_client::Result<()>, done: Errno) -> Result<()> {
 
 impl Toolstack for ServiceDomain {
     fn describe(&self, dom: DomId) -> Result<Description> {
-        stock_save::refuse(Path::new(stock_save::PROC), dom)?;
+        self.alone(dom)?;
         let mut store = store()?;
         if store.ferry_features().doing("ask xenstored what it can do")?.is_empty() {
             return Err(Trouble::new("this host's xenstored can't carry a guest's connection").todo(
@@ -180,6 +180,10 @@ impl Toolstack for ServiceDomain {
             devices: devices.collect(),
             details: serde_json::to_value(Details { inventory, disks })?,
         })
+    }
+
+    fn alone(&self, dom: DomId) -> Result<()> {
+        stock_save::refuse(Path::new(stock_save::PROC), dom)
     }
 
     fn pool_name(&self, id: u32) -> Result<Option<String>> {

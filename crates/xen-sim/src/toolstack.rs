@@ -31,6 +31,8 @@ pub struct SimToolstack {
     pub lacks: Vec<String>,
     /// The store answers nobody.
     hangs: Arc<AtomicBool>,
+    /// Stock tools save or migrate guests.
+    saving: Arc<AtomicBool>,
 }
 
 impl SimToolstack {
@@ -41,6 +43,7 @@ impl SimToolstack {
             pools: Arc::default(),
             lacks: Vec::new(),
             hangs: Arc::default(),
+            saving: Arc::default(),
         }
     }
 
@@ -60,6 +63,11 @@ impl SimToolstack {
     /// From now on the store answers nobody, or does again.
     pub fn hang(&self, hangs: bool) {
         self.hangs.store(hangs, Ordering::SeqCst);
+    }
+
+    /// From now on stock tools are at work on the guests, or no longer.
+    pub fn save(&self, saving: bool) {
+        self.saving.store(saving, Ordering::SeqCst);
     }
 
     fn store(&self) -> Result<MutexGuard<'_, BTreeMap<DomId, Guest>>> {
@@ -99,6 +107,10 @@ impl Toolstack for SimToolstack {
             }],
             details: serde_json::json!({"made": true}),
         })
+    }
+
+    fn alone(&self, _dom: DomId) -> Result<()> {
+        if self.saving.load(Ordering::SeqCst) { Err(Trouble::new("it is being saved by stock tools")) } else { Ok(()) }
     }
 
     fn pool_name(&self, id: u32) -> Result<Option<String>> {

@@ -801,6 +801,7 @@ fn a_move_ends_when_others_use_the_log_of_its_writes() {
             xen.let_run(DOM);
             xen.log_dirty_disable(DOM).unwrap();
             xen.log_dirty_enable(DOM).unwrap();
+            xen.log_dirty_mark(DOM, &[Gfn(500)]).unwrap();
         }),
         ("ended", |xen| {
             xen.log_dirty_disable(DOM).unwrap();
@@ -817,10 +818,91 @@ fn a_move_ends_when_others_use_the_log_of_its_writes() {
         assert!(!report.moved, "{what}");
         let error = report.error.unwrap();
         assert!(error.contains("the copy is not whole; is it being saved or migrated by xl?"), "{what}: {error}");
+        let (marked, on) = log_of(&lab.xen[0]);
+        assert_eq!(on, what != "ended", "{what}: the others' log is left as it is");
+        assert_eq!(marked, usize::from(what == "begun anew"), "{what}: and what is in it");
         lab.settled_on(0);
-        let theirs = lab.xen[0].log_dirty_enable(DOM).is_err();
-        assert_eq!(theirs, what != "ended", "{what}: the others' log is left as it is");
     }
+}
+
+/// What they have marked, and whether the log is on.
+fn log_of(xen: &SimXen) -> (usize, bool) {
+    let mut bitmap = hypervisor::DirtyBitmap::new(1 << 18);
+    xen.log_dirty_peek(DOM, &mut bitmap).unwrap();
+    let on = xen.log_dirty_enable(DOM).is_err();
+    (bitmap.iter().count(), on)
+}
+
+/// Begun by others, at any time before Ferry's: it is theirs, with what is in it.
+#[test]
+fn a_log_that_others_have_begun_is_left_alone() {
+    for point in ["source.before.send-offer", "source.before.precopy"] {
+        let lab = Lab::new();
+        let xen = lab.xen[0].clone();
+        let begin = move || {
+            xen.log_dirty_enable(DOM).unwrap();
+            xen.log_dirty_mark(DOM, &[Gfn(500), Gfn(501)]).unwrap();
+        };
+        *lab.planted.2.lock().unwrap() = Some((point.into(), Box::new(begin)));
+        let error = lab.migrate().error.unwrap();
+        assert!(error.contains("is being watched already, and not by Ferry"), "{point}: {error}");
+        assert_eq!(log_of(&lab.xen[0]), (2, true), "{point}");
+        lab.settled_on(0);
+    }
+    // A move that never came to the copying has nothing to end either.
+    let lab = Lab::with(|t| t.lacks = vec!["there is no bridge xenbr0".into()]);
+    lab.xen[0].log_dirty_enable(DOM).unwrap();
+    assert_eq!(lab.migrate().ending, Ending::Refused);
+    assert!(log_of(&lab.xen[0]).1);
+}
+
+/// Stock tools that come between the preflight and the beginning end Ferry's log when they begin their own; a look of Ferry's would take
+/// pages from them.
+#[test]
+fn stock_tools_that_come_before_the_first_look_are_left_alone() {
+    let lab = Lab::new();
+    let tools = lab.toolstacks[0].clone();
+    *lab.planted.2.lock().unwrap() = Some(("source.before.precopy".into(), Box::new(move || tools.save(true))));
+    let error = lab.migrate().error.unwrap();
+    assert!(error.contains("it is being saved by stock tools"), "{error}");
+    assert!(log_of(&lab.xen[0]).1, "what is on is theirs");
+    lab.settled_on(0);
+}
+
+#[test]
+fn a_log_that_a_daemon_has_left_on_is_ended_by_the_next() {
+    for others in [false, true] {
+        let lab = Lab::new();
+        *lab.planted.0.lock().unwrap() = Some(("source.after.precopy".into(), Fault::Crash));
+        source::start(&lab.hosts[0], lab.request()).unwrap();
+        wait("the crash", || lab.planted.0.lock().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(20));
+        lab.xen[0].log_dirty_mark(DOM, &[Gfn(500)]).unwrap();
+        // They have begun while there was no daemon.
+        lab.toolstacks[0].save(others);
+        report(&lab.restart_source().unwrap());
+        lab.settled_on(0);
+        assert_eq!(log_of(&lab.xen[0]).1, others);
+        lab.toolstacks[0].save(false);
+        if !others {
+            lab.xen[0].log_dirty_disable(DOM).unwrap();
+            assert!(lab.migrate().moved);
+        }
+    }
+}
+
+#[test]
+fn a_dry_run_watches_and_leaves_nothing() {
+    let lab = Lab::new();
+    let (offer, _, _) = source::judge(&lab.hosts[0], DOM, &lab.request().limits).unwrap();
+    let rate = || source::dirty_rate(&lab.hosts[0], "b".into(), offer.clone(), Duration::from_millis(20));
+    assert!(rate().unwrap() > 0);
+    assert!(idle(&lab));
+    // Off, until somebody else's is on.
+    assert_eq!(log_of(&lab.xen[0]), (0, false));
+    assert!(rate().unwrap_err().to_string().contains("is being watched already"));
+    assert!(idle(&lab) && log_of(&lab.xen[0]).1);
+    lab.settled_on(0);
 }
 
 #[test]

@@ -118,6 +118,19 @@ pub fn start(host: &Host, request: Request) -> Result<Handle> {
     Ok(spawn(host, run))
 }
 
+/// Pages a second that the guest writes to, by what it does in so long. There is a journal meanwhile: a daemon that is killed at it must
+/// switch the log of its writes off when it is started again, and so it does for a migration that has only begun.
+pub fn dirty_rate(host: &Host, peer: String, offer: Offer, watch: Duration) -> Result<u64> {
+    let (dom, ram) = (offer.identity.domid, offer.shell.ram.clone());
+    let mut journal = Journal::create(&host.journals, Uuid::new_v4())?;
+    let rate = journal
+        .append(SourceRecord::Begin, &serde_json::to_vec(&Begin { peer, offer })?)
+        .map_err(Trouble::from)
+        .and_then(|()| DirtyLog::rate(&*host.hypervisor, dom, &ram, &|| host.toolstack.alone(dom), watch));
+    journal.delete()?;
+    rate
+}
+
 /// Goes on with the migration that a journal tells of, after the daemon was started again.
 pub fn recover(host: &Host, journal: Journal<SourceRecord>) -> Result<Option<Handle>> {
     Ok(recovered(host, journal)?.map(|run| spawn(host, run)))
@@ -146,6 +159,7 @@ fn recovered(host: &Host, journal: Journal<SourceRecord>) -> Result<Option<Run>>
     let undo = journal.payload(SourceRecord::Go).or(journal.payload(SourceRecord::Freeze));
     run.freeze = undo.and_then(|p| serde_json::from_slice(p).ok());
     run.recovered = true;
+    run.dirty_log = DirtyLog::left_over();
     run.connected = true;
     run.journal = Some(journal);
     Ok(Some(run))
