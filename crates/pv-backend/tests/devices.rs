@@ -460,6 +460,45 @@ fn another_disk_of_the_same_size_is_refused() {
     assert!(refusals(&check(&host, &found.devices, &evidence)).contains("of no places that are looked at"));
 }
 
+/// A clone has its original's name: a volume's or a LUKS header's UUID is copied with it, and serial numbers are what somebody typed.
+#[test]
+fn a_name_that_two_disks_have_is_not_believed_against_what_stands_on_them() {
+    let with_blocks = |differ: usize| {
+        let (host, found) = host_with_disk(Some("root"), 1, 1);
+        let mut state = host.state.lock().unwrap();
+        for n in 0..8_usize {
+            let mut block = vec![0; 4096];
+            (block[0], block[1]) = (7, u8::from(n < differ));
+            state.blocks.insert(("/dev/ram0".into(), 4096 * (n as u64 + 1)), block);
+        }
+        drop(state);
+        (host, found)
+    };
+    // Ten blocks tell something.
+    let (source, found) = with_blocks(0);
+    let judged = |host: &Host| refusals(&check(host, &found.devices, &survey(&source, &found.devices).unwrap()));
+    for few in 0..=5 {
+        assert_eq!(judged(&with_blocks(few).0), "", "{few} were written by the guest in between");
+    }
+    let (other, _) = with_blocks(6);
+    let text = judged(&other);
+    assert!(text.contains("the disk /dev/ram0 is wwid root on both hosts"), "{text}");
+    assert!(text.contains("6 of 10 blocks that tell something differ, the first at byte 4096"), "{text}");
+    // Blank there, but not here.
+    let (other, _) = with_blocks(5);
+    for at in [4096 * 20, 4096 * 21] {
+        other.state.lock().unwrap().blocks.insert(("/dev/ram0".into(), at), (0..=255).cycle().take(4096).collect());
+    }
+    assert!(judged(&other).contains("7 of 12 blocks"), "{}", judged(&other));
+    // Nothing speaks against an empty disk's name.
+    let (source, found) = host_with_disk(Some("root"), 0, 0);
+    assert_eq!(refusals(&check(&source, &found.devices, &survey(&source, &found.devices).unwrap())), "");
+    // Places of the peer's choice are not read for a name either.
+    let mut evidence = survey(&source, &found.devices).unwrap();
+    evidence.get_mut(&51712).unwrap().samples[0].at = 1 << 20;
+    assert!(refusals(&check(&source, &found.devices, &evidence)).contains("of no places that are looked at"));
+}
+
 /// A path is a name that can lead elsewhere by now.
 #[test]
 fn a_path_that_is_no_longer_the_open_disk_is_refused_on_the_source() {
