@@ -4,12 +4,13 @@ use hypervisor::{Affinity, CpuPool, DomId, Gfn, GtPortKind, Hypervisor, Share};
 use migrate::Limits;
 use migrate::command::NotDone;
 use migrate::destination::{Destinations, role_of};
-use migrate::handshake::{Denied, SourceState};
+use migrate::handshake::{Denied, SourceState, ToDestination, ToSource};
 use migrate::host::{Fault, Faults, Host, Timeouts};
 use migrate::journal::{Journal, Role};
 use migrate::link::{Connector, Link};
 use migrate::report::{Ending, Left, Report};
 use migrate::source::{self, Handle, Request};
+use migrate::wire::{Frame, Said};
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
@@ -695,9 +696,6 @@ fn what_cannot_be_carried_is_refused_by_name() {
 /// What a peer asks for is judged before anything is made: sums do not overflow, and no domain with rights comes out of an offer.
 #[test]
 fn offers_that_no_guest_has_are_refused() {
-    use migrate::handshake::ToDestination;
-    use migrate::handshake::ToSource;
-    use migrate::wire::{Frame, Said};
     let lab = Lab::new();
     let (offer, _, _) = source::judge(&lab.hosts[0], DOM, &Limits::default()).unwrap();
     let mut huge = offer.clone();
@@ -1027,6 +1025,65 @@ fn a_destination_that_takes_too_long_does_not_hold_the_guest() {
     assert!(error.contains("b did not answer in 300ms; raise --downtime-limit"), "{error}");
     assert!((300_000..2_000_000).contains(&report.blackout_us), "paused for {} us", report.blackout_us);
     lab.settled_on(0);
+}
+
+/// A destination that takes everything, and answers `Final` with these.
+struct Answers(fn(Uuid) -> Vec<Frame>);
+
+impl Connector for Answers {
+    fn connect(&self, _peer: &str) -> io::Result<Link> {
+        let (here, there) = UnixStream::pair()?;
+        let answers = self.0;
+        std::thread::spawn(move || {
+            let (sender, mut receiver) = Link::unix(there).unwrap().greet().unwrap();
+            while let Ok(Some(frame)) = receiver.receive() {
+                let sent = match frame {
+                    Frame::ToDestination(Said { id, word: ToDestination::Offer, .. }) => {
+                        vec![said(id, ToSource::Accept)]
+                    }
+                    Frame::ToDestination(Said { id, word: ToDestination::Final, .. }) => answers(id),
+                    Frame::Ping(number) => vec![Frame::Pong(number)],
+                    _ => Vec::new(),
+                };
+                if sent.iter().any(|frame| sender.send(frame).is_err()) {
+                    return;
+                }
+            }
+        });
+        Link::unix(here)
+    }
+}
+
+fn said(id: Uuid, word: ToSource) -> Frame {
+    Frame::ToSource(Said { id, word, details: serde_json::Value::Null })
+}
+
+fn answered_by(answers: fn(Uuid) -> Vec<Frame>) -> Lab {
+    let mut lab = Lab::new();
+    lab.hosts[0].timeouts.ready = (Duration::from_millis(300), Duration::from_millis(300));
+    lab.hosts[0].connector = Arc::new(Answers(answers));
+    lab
+}
+
+/// Time passes also while something comes all the time.
+#[test]
+fn a_destination_that_never_stops_talking_does_not_hold_the_guest() {
+    let lab = answered_by(|id| [vec![said(id, ToSource::Accept); 5], vec![said(id, ToSource::Ready)]].concat());
+    // The time is over when the first of it is looked at.
+    let hook: Hook = ("source.after.send-final".into(), Box::new(|| std::thread::sleep(Duration::from_millis(400))));
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    let error = lab.migrate().error.unwrap();
+    assert!(error.contains("b did not answer in 300ms"), "{error}");
+    assert_eq!(lab.runs_on(), ["a"]);
+}
+
+/// One for each ping: more would only fill the source's memory.
+#[test]
+fn a_pong_that_nobody_asked_for_ends_the_connection() {
+    let lab = answered_by(|_| vec![Frame::Pong(7)]);
+    let error = lab.migrate().error.unwrap();
+    assert!(error.contains("the peer said something that a destination does not say"), "{error}");
+    assert_eq!(lab.runs_on(), ["a"]);
 }
 
 /// A store that hangs: the guest, whose backends nobody has touched yet, does not wait for it.

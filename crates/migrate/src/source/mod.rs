@@ -364,7 +364,14 @@ impl Run {
         match self.todo.pop_front() {
             Some(action) => self.act(action),
             None => {
+                let before = self.machine.state();
                 if let Some(event) = self.wait() {
+                    self.hear(event);
+                }
+                if self.todo.is_empty()
+                    && self.machine.state() == before
+                    && let Some(event) = self.tick()
+                {
                     self.hear(event);
                 }
                 Ok(())
