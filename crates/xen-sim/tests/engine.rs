@@ -378,6 +378,19 @@ fn a_recording_holds_what_was_sent() {
     assert!(std::fs::read(&path).unwrap() == recorded);
 }
 
+/// The next attempt would be refused for its sake.
+#[test]
+fn a_recording_of_nothing_is_taken_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stream");
+    let lab = Lab::with(|t| t.lacks = vec!["there is no bridge xenbr0".into()]);
+    for _ in 0..2 {
+        let request = Request { record: Some(path.clone()), ..lab.request() };
+        assert_eq!(report(&source::start(&lab.hosts[0], request).unwrap()).ending, Ending::Refused);
+        assert!(!path.exists());
+    }
+}
+
 #[test]
 fn what_does_not_fit_is_refused_untouched() {
     type Change = fn(&Lab);

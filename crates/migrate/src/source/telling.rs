@@ -58,6 +58,8 @@ impl Run {
             blackout_us: self.timeline.as_ref().map_or(0, Timeline::total_micros),
             steps,
         };
+        // Whoever asked finds it as it stays.
+        self.recording = None;
         tracing::info!(id = %self.id, "{}: {ending:?}, blackout {} µs", self.title(), report.blackout_us);
         *self.shared.report.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
     }
