@@ -534,6 +534,18 @@ fn what_is_connected_is_not_written_again() {
     let before = host.state.lock().unwrap().calls.len();
     connect(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
     assert_eq!(host.state.lock().unwrap().calls[before..], Vec::<String>::new());
+    // One that the guest has not looked at yet waits for it; nobody need be woken, neither then nor again.
+    let (host, mut found) = moved();
+    let vif = &mut found.devices[0];
+    (vif.frontend_state, vif.backend_state) = ("1".into(), "2".into());
+    prepare(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
+    let before = host.state.lock().unwrap().calls.len();
+    for _ in 0..2 {
+        connect(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
+    }
+    let calls = host.state.lock().unwrap().calls[before..].join("\n");
+    assert!(!calls.contains("/vif/") && calls.matches("/device/vbd/51712/state=4").count() == 1, "{calls}");
+    assert_eq!(host.get(&format!("{}/state", found.devices[0].frontend)).as_deref(), Some("1"));
 }
 
 #[test]
