@@ -364,14 +364,13 @@ impl Toolstack for ServiceDomain {
         let domid = offer.identity.domid.0;
         let mut store = store()?;
         destination::connect(&self.machine, &mut store, &inventory.devices, &self.limits).doing("")?;
+        let introduced = store.is_introduced(domid).doing("")?;
+        // xenconsoled overlooks the introduction of a domain that it knows: it saw the shell if some other domain came or went. This it
+        // does not overlook; the guest does, whose watches are served from the attaching on.
+        console::attach(&mut store, &inventory, introduced).doing("make xenconsoled look at the console")?;
         if let Some(port) = inventory.store_port
-            && !store.is_introduced(domid).doing("")?
+            && !introduced
         {
-            // xenconsoled overlooks the introduction of a domain that it knows: it saw the shell if some other domain came or went. This it
-            // does not overlook; the guest does, whose watches are served from the attaching on.
-            if let Some(console) = &inventory.console {
-                console::attach(&mut store, console).doing("make xenconsoled look at the console")?;
-            }
             store.attach_domain(domid, port).doing("connect xenstored with the guest")?;
         }
         self.wait_console(&inventory)

@@ -10,6 +10,7 @@ use std::time::Duration;
 use fakes::{Host, disk, with_guest};
 use hypervisor::{DomId, PortState};
 use pv_backend::announce::announce;
+use pv_backend::console;
 use pv_backend::destination::{check, connect, prepare};
 use pv_backend::device::{Class, Inventory, changed, discover, judge_channels};
 use pv_backend::disk::{Evidence, Name, survey};
@@ -523,6 +524,24 @@ fn the_frontends_states_come_last() {
         calls[0].ends_with("/device/vif/0/state=4") && calls[1].ends_with("/device/vbd/51712/state=4"),
         "{calls:?}"
     );
+}
+
+#[test]
+fn the_console_is_attached_once_and_without_a_store_too() {
+    let host = Host::new();
+    with_guest(&host, DOM);
+    let mut inventory = found(&host);
+    let writes = |inventory: &Inventory, introduced| {
+        let before = host.state.lock().unwrap().calls.len();
+        console::attach(&mut host.store(), inventory, introduced).unwrap();
+        host.state.lock().unwrap().calls[before..].join("\n")
+    };
+    assert_eq!(writes(&inventory, false), "write /local/domain/7/console/port=2");
+    assert_eq!(writes(&inventory, true), "");
+    inventory.store_port = None;
+    assert_eq!(writes(&inventory, false), "write /local/domain/7/console/port=2");
+    inventory.console = None;
+    assert_eq!(writes(&inventory, false), "");
 }
 
 /// A daemon that was killed after it had connected them does it again, with the guest's watches served: each write would fire one.
