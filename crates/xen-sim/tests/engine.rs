@@ -729,15 +729,19 @@ fn offers_that_no_guest_has_are_refused() {
 
 #[test]
 fn a_guest_that_somebody_pauses_meanwhile_stays_paused() {
-    let lab = Lab::new();
-    let xen = lab.xen[0].clone();
-    let hook: Hook = ("source.before.freeze".into(), Box::new(move || xen.pause(DOM).unwrap()));
-    *lab.planted.2.lock().unwrap() = Some(hook);
-    let report = lab.migrate();
-    assert!(report.error.unwrap().contains("somebody has paused it"));
-    assert!(lab.xen[0].domain_info(DOM).unwrap().paused);
-    lab.xen[0].unpause(DOM).unwrap();
-    lab.settled_on(0);
+    // Seen by the freeze, or the freeze is not come to: either way nothing of it is undone.
+    for (fault, wanted) in [(None, "somebody has paused it"), (Some(Fault::Fail), "planted fault")] {
+        let lab = Lab::new();
+        let xen = lab.xen[0].clone();
+        let hook: Hook = ("source.before.freeze".into(), Box::new(move || xen.pause(DOM).unwrap()));
+        *lab.planted.2.lock().unwrap() = Some(hook);
+        *lab.planted.0.lock().unwrap() = fault.map(|fault| ("source.before.freeze".into(), fault));
+        let error = lab.migrate().error.unwrap();
+        assert!(error.contains(wanted), "{error}");
+        assert!(lab.xen[0].domain_info(DOM).unwrap().paused, "{error}");
+        lab.xen[0].unpause(DOM).unwrap();
+        lab.settled_on(0);
+    }
 }
 
 /// S1: an operator who unpauses a copy that waits, and again because nothing happens.
