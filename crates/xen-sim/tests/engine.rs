@@ -13,7 +13,7 @@ use migrate::source::{self, Handle, Request};
 use migrate::wire::{Frame, Said};
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 use xen_abi::domctl::{SCHEDULER_CREDIT, SCHEDULER_CREDIT2};
@@ -1101,6 +1101,55 @@ fn a_pong_that_nobody_asked_for_ends_the_connection() {
     let error = lab.migrate().error.unwrap();
     assert!(error.contains("the peer said something that a destination does not say"), "{error}");
     assert_eq!(lab.runs_on(), ["a"]);
+}
+
+/// A way to the destination that takes everything but `Final`: whoever writes that is stuck until the connection is closed.
+struct StuckAtFinal(Arc<Wire>);
+
+impl Connector for StuckAtFinal {
+    fn connect(&self, peer: &str) -> io::Result<Link> {
+        let link = self.0.connect(peer)?;
+        let closed = Arc::new((Mutex::new(false), Condvar::new()));
+        let (close, mark) = (link.close.clone(), closed.clone());
+        let writer = Box::new(StuckWriter { inner: link.writer, closed });
+        let close = Arc::new(move || {
+            *mark.0.lock().unwrap() = true;
+            mark.1.notify_all();
+            close();
+        });
+        Ok(Link { writer, close, ..link })
+    }
+}
+
+struct StuckWriter {
+    inner: Box<dyn io::Write + Send>,
+    closed: Arc<(Mutex<bool>, Condvar)>,
+}
+
+impl io::Write for StuckWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let word = b"\"word\":\"Final\"";
+        if bytes.windows(word.len()).any(|part| part == word) {
+            let closed = self.closed.0.lock().unwrap();
+            drop(self.closed.1.wait_while(closed, |closed| !*closed).unwrap());
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        self.inner.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+#[test]
+fn a_destination_that_does_not_take_the_last_word_does_not_hold_the_guest() {
+    let mut lab = Lab::new();
+    lab.hosts[0].timeouts.ready = (Duration::from_millis(300), Duration::from_millis(300));
+    lab.hosts[0].connector = Arc::new(StuckAtFinal(lab.wire.clone()));
+    let error = lab.migrate().error.unwrap();
+    assert!(error.contains("connection: broken pipe"), "{error}");
+    lab.settled_on(0);
 }
 
 /// A store that hangs: the guest, whose backends nobody has touched yet, does not wait for it.

@@ -81,7 +81,7 @@ impl Run {
         image::write_tail(&mut self.encoder, &state, &luggage);
         self.state = Some(state);
         self.flush()?;
-        drop(fuse);
+        self.fuse = fuse;
         Ok(())
     }
 

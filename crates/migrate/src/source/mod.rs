@@ -21,7 +21,7 @@ use crate::guest::{GuestState, Offer};
 use crate::handshake::{Outcome, Source, SourceAction, SourceEvent, SourceRecord, SourceState};
 use crate::host::Host;
 use crate::journal::Journal;
-use crate::link::Sender;
+use crate::link::{Fuse, Sender};
 use crate::own_fault;
 use crate::precopy::{Limits, Precopy};
 use crate::recording::Recording;
@@ -204,6 +204,8 @@ struct Run {
     input: mpsc::Receiver<Input>,
     input_tx: mpsc::Sender<Input>,
     link: Option<Sender>,
+    /// From the pause until the last word before `Ready` is written.
+    fuse: Option<Fuse>,
     /// A connection was there once.
     connected: bool,
     last_heard: Instant,
@@ -263,6 +265,7 @@ impl Run {
             input,
             input_tx,
             link: None,
+            fuse: None,
             connected: false,
             last_heard: now,
             last_ping: now,

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 impl Run {
     pub(super) fn say(&mut self, word: ToDestination) -> Result<()> {
+        // What the encoder has flushed may go off with this word only.
+        let _until_written = self.fuse.take();
         let details = match word {
             ToDestination::Offer => {
                 self.connect()?;
