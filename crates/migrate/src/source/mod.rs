@@ -19,7 +19,7 @@ use crate::command::Command;
 use crate::dirty_log::DirtyLog;
 use crate::guest::{GuestState, Offer};
 use crate::handshake::{Outcome, Source, SourceAction, SourceEvent, SourceRecord, SourceState};
-use crate::host::Host;
+use crate::host::{Crashed, Host};
 use crate::journal::Journal;
 use crate::link::{Fuse, Sender};
 use crate::own_fault;
@@ -182,9 +182,6 @@ fn spawn(host: &Host, run: Run) -> Handle {
     }
     handle
 }
-
-/// The daemon is to be gone (a planted fault).
-struct Crashed;
 
 struct Run {
     host: Host,
