@@ -1044,13 +1044,13 @@ fn a_destination_that_takes_too_long_does_not_hold_the_guest() {
     lab.settled_on(0);
 }
 
-/// A destination that takes everything, and answers `Final` with these.
-struct Answers(fn(Uuid) -> Vec<Frame>);
+/// A destination that takes everything, and answers `Final` with these; pings after so long.
+struct Answers(fn(Uuid) -> Vec<Frame>, Duration);
 
 impl Connector for Answers {
     fn connect(&self, _peer: &str) -> io::Result<Link> {
         let (here, there) = UnixStream::pair()?;
-        let answers = self.0;
+        let Answers(answers, think) = *self;
         std::thread::spawn(move || {
             let (sender, mut receiver) = Link::unix(there).unwrap().greet().unwrap();
             while let Ok(Some(frame)) = receiver.receive() {
@@ -1059,7 +1059,10 @@ impl Connector for Answers {
                         vec![said(id, ToSource::Accept)]
                     }
                     Frame::ToDestination(Said { id, word: ToDestination::Final, .. }) => answers(id),
-                    Frame::Ping(number) => vec![Frame::Pong(number)],
+                    Frame::Ping(number) => {
+                        std::thread::sleep(think);
+                        vec![Frame::Pong(number)]
+                    }
                     _ => Vec::new(),
                 };
                 if sent.iter().any(|frame| sender.send(frame).is_err()) {
@@ -1078,7 +1081,7 @@ fn said(id: Uuid, word: ToSource) -> Frame {
 fn answered_by(answers: fn(Uuid) -> Vec<Frame>) -> Lab {
     let mut lab = Lab::new();
     lab.hosts[0].timeouts.ready = (Duration::from_millis(300), Duration::from_millis(300));
-    lab.hosts[0].connector = Arc::new(Answers(answers));
+    lab.hosts[0].connector = Arc::new(Answers(answers, Duration::ZERO));
     lab
 }
 
@@ -1092,6 +1095,18 @@ fn a_destination_that_never_stops_talking_does_not_hold_the_guest() {
     let error = lab.migrate().error.unwrap();
     assert!(error.contains("b did not answer in 300ms"), "{error}");
     assert_eq!(lab.runs_on(), ["a"]);
+}
+
+/// A step of the source's own that took long is no silence of the peer's, which is given the time to answer.
+#[test]
+fn a_peer_is_not_silent_before_it_was_asked() {
+    let mut lab = answered_by(|_| Vec::new());
+    lab.hosts[0].timeouts.ready = (Duration::from_secs(3), Duration::from_secs(3));
+    lab.hosts[0].connector = Arc::new(Answers(|_| Vec::new(), Duration::from_millis(100)));
+    let hook: Hook = ("source.after.send-final".into(), Box::new(|| std::thread::sleep(Duration::from_millis(2200))));
+    *lab.planted.2.lock().unwrap() = Some(hook);
+    let error = lab.migrate().error.unwrap();
+    assert!(error.contains("b did not answer in 3s"), "{error}");
 }
 
 /// One for each ping: more would only fill the source's memory.
@@ -1190,6 +1205,7 @@ fn a_command_to_a_migration_that_hangs_is_answered() {
     let error = handle.cancel().unwrap_err();
     assert!(matches!(&error, NotDone::Busy { state, .. } if state == "freezing"), "{error:?}");
     drop(go_on);
-    assert!(report(&handle).moved, "the command came too late");
+    let report = report(&handle);
+    assert!(report.moved, "the command came too late, but {:?}", report.error);
     lab.settled_on(1);
 }

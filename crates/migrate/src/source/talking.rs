@@ -180,7 +180,9 @@ impl Run {
             if unanswered && self.last_said.elapsed() > timeouts.reconnect * REPEAT_AFTER {
                 return Some(SourceEvent::LinkUp);
             }
-            if self.last_heard.elapsed() > timeouts.silence && self.last_ping > self.last_heard {
+            // A ping that is not answered yet may have been sent late, by a step that took long.
+            let unanswered_for = self.pings.front().map(|(_, sent)| sent.elapsed()).unwrap_or_default();
+            if self.last_heard.elapsed().min(unanswered_for) > timeouts.silence {
                 self.lost(format!("nothing heard for {:?}", timeouts.silence));
                 return None;
             }
