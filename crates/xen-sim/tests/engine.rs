@@ -584,9 +584,18 @@ fn places(written: &[u8]) -> Vec<usize> {
 /// A byte that is wrong, or a connection that ends, anywhere in what either host sends: exactly one runs the guest, whole.
 #[test]
 fn any_harm_to_any_part_of_the_connection_resolves() {
-    let clean = Lab::new();
-    assert!(clean.migrate().moved);
-    clean.settled_on(1);
+    // On a busy machine words are said again, and a harmed move need not come as far.
+    let words = |lab: &Lab, side: usize| {
+        frames(&lab.wire.1[side].lock().unwrap().written).iter().filter(|(_, _, kind)| *kind != 3).count()
+    };
+    let clean = (0..10).find_map(|_| {
+        let lab = Lab::new();
+        assert!(lab.migrate().moved);
+        lab.settled_on(1);
+        // Offer, Final, Go, Moved; Accept, Ready, Running, Bye.
+        [0, 1].iter().all(|side| words(&lab, *side) == 4).then_some(lab)
+    });
+    let clean = clean.expect("a move in which nothing is said twice");
     let mut tried = 0;
     for side in [0, 1] {
         let written = clean.wire.1[side].lock().unwrap().written.clone();
