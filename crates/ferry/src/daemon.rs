@@ -7,7 +7,7 @@ use crate::exit::Exit;
 use crate::keeper::{self, Book};
 use crate::learned::Learned;
 use anyhow::{Context, Result, bail};
-use hypervisor::{DirtyBitmap, DomId, Hypervisor};
+use hypervisor::{DomId, Hypervisor};
 use migrate::command::NotDone;
 use migrate::destination::{Destinations, role_of};
 use migrate::fault_points::Plant;
@@ -317,7 +317,7 @@ impl Daemon {
         let (offer, _, mut refused) = source::judge(&self.host, domid, &limits)?;
         let answer = source::ask(&self.host, &request.host, &offer)?;
         refused.extend(answer.why);
-        let dirty_rate = self.sample_dirty(domid)?;
+        let dirty_rate = source::dirty_rate(&self.host, request.host.clone(), offer.clone(), SAMPLE)?;
         // What is dirtied while the last look's pages are sent stays for the pause.
         let rate = self.learned.rate(&request.host).unwrap_or(100 << 20);
         let per_second = dirty_rate.saturating_mul(4096);
@@ -334,18 +334,6 @@ impl Daemon {
             expected_blackout_ms: millis(expected),
             downtime_limit_ms: millis(limits.downtime),
         })
-    }
-
-    /// Pages a second that the guest writes to.
-    fn sample_dirty(&self, dom: DomId) -> migrate::Result<u64> {
-        let hv = &*self.host.hypervisor;
-        hv.log_dirty_enable(dom)?;
-        std::thread::sleep(SAMPLE);
-        let mut bitmap = DirtyBitmap::new(hv.max_gfn(dom)?.0 + 1);
-        let looked = hv.log_dirty_clean(dom, &mut bitmap, false);
-        hv.log_dirty_disable(dom)?;
-        looked?;
-        Ok(bitmap.count() * 1000 / millis(SAMPLE).max(1))
     }
 
     fn status(&self) -> Vec<Status> {

@@ -139,7 +139,7 @@ fn unless_done(result: xenstore_client::Result<()>, done: Errno) -> Result<()> {
 
 impl Toolstack for ServiceDomain {
     fn describe(&self, dom: DomId) -> Result<Description> {
-        stock_save::refuse(Path::new(stock_save::PROC), dom)?;
+        self.alone(dom)?;
         let mut store = store()?;
         if store.ferry_features().doing("ask xenstored what it can do")?.is_empty() {
             return Err(Trouble::new("this host's xenstored can't carry a guest's connection").todo(
@@ -193,6 +193,10 @@ impl Toolstack for ServiceDomain {
             devices: devices.collect(),
             details: serde_json::to_value(Details { inventory, disks })?,
         })
+    }
+
+    fn alone(&self, dom: DomId) -> Result<()> {
+        stock_save::refuse(Path::new(stock_save::PROC), dom)
     }
 
     fn pool_name(&self, id: u32) -> Result<Option<String>> {
@@ -373,14 +377,13 @@ impl Toolstack for ServiceDomain {
         let domid = offer.identity.domid.0;
         let mut store = store()?;
         destination::connect(&self.machine, &mut store, &inventory.devices, &self.limits).doing("")?;
+        let introduced = store.is_introduced(domid).doing("")?;
+        // xenconsoled overlooks the introduction of a domain that it knows: it saw the shell if some other domain came or went. This it
+        // does not overlook; the guest does, whose watches are served from the attaching on.
+        console::attach(&mut store, &inventory, introduced).doing("make xenconsoled look at the console")?;
         if let Some(port) = inventory.store_port
-            && !store.is_introduced(domid).doing("")?
+            && !introduced
         {
-            // xenconsoled overlooks the introduction of a domain that it knows: it saw the shell if some other domain came or went. This it
-            // does not overlook; the guest does, whose watches are served from the attaching on.
-            if let Some(console) = &inventory.console {
-                console::attach(&mut store, console).doing("make xenconsoled look at the console")?;
-            }
             store.attach_domain(domid, port).doing("connect xenstored with the guest")?;
         }
         self.wait_console(&inventory)

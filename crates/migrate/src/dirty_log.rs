@@ -7,7 +7,8 @@
 
 use crate::guest::{GfnRange, gfns};
 use crate::trouble::{Doing, Result, Trouble};
-use hypervisor::{DirtyBitmap, DomId, Gfn, Hypervisor, PageType};
+use hypervisor::{DirtyBitmap, DomId, Errno, Gfn, Hypervisor, PageType};
+use std::time::Duration;
 
 /// Pages that are marked at each look. They are sent once more, so there are few.
 const MARKS: usize = 4;
@@ -20,16 +21,53 @@ pub struct DirtyLog {
     /// Some of the guest's memory, evenly from all of it.
     candidates: Vec<Gfn>,
     marks: Vec<Gfn>,
-    stolen: bool,
+    whose: Whose,
 }
 
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Whose {
+    /// As far as is known here.
+    #[default]
+    Nobodys,
+    Ours,
+    Others,
+}
+
+/// Refuses while somebody else copies the guest's memory ([`crate::toolstack::Toolstack::alone`]).
+pub type Alone<'a> = &'a dyn Fn() -> Result<()>;
+
 impl DirtyLog {
+    /// That of a daemon before this one, which may have left it on.
+    pub fn left_over() -> DirtyLog {
+        DirtyLog { whose: Whose::Ours, ..DirtyLog::default() }
+    }
+
     /// Begins it; all pages are clean then. `ram` is where the guest has memory.
-    pub fn start(&mut self, hv: &dyn Hypervisor, dom: DomId, ram: &[GfnRange]) -> Result<()> {
-        if hv.log_dirty_enable(dom).is_err() {
-            // Left on by a daemon that was killed, or by stock tools that were.
-            hv.log_dirty_disable(dom)?;
-            hv.log_dirty_enable(dom).doing("watch which pages the guest writes to")?;
+    ///
+    /// # Errors
+    /// It is somebody else's, and stays as it is.
+    pub fn start(&mut self, hv: &dyn Hypervisor, dom: DomId, ram: &[GfnRange], alone: Alone<'_>) -> Result<()> {
+        match hv.log_dirty_enable(dom) {
+            Ok(()) => self.whose = Whose::Ours,
+            // Xen has the same answer for a guest with passed-through devices, which the preflight has refused.
+            Err(error) if error.as_errno() == Some(Errno::EINVAL) => {
+                alone()?;
+                return Err(Trouble::because(
+                    "which pages it writes to is being watched already, and not by Ferry, which would take pages from the copy that is \
+                     made with it",
+                    error,
+                )
+                .todo(
+                    "end what is saving or migrating it; if such a tool was killed at it, `xl save -c` once switches the watching off \
+                     (the guest takes part in that)",
+                ));
+            }
+            Err(error) => return Err(error).doing("watch which pages the guest writes to"),
+        }
+        // Stock tools that have come since the preflight end this log to begin their own, and the first look would take pages from them.
+        if let Err(others) = alone() {
+            self.whose = Whose::Others;
+            return Err(others);
         }
         let total: u64 = ram.iter().map(|(_, count)| *count).sum();
         let step = usize::try_from(total / CANDIDATES).unwrap_or(usize::MAX).max(1);
@@ -46,6 +84,8 @@ impl DirtyLog {
     /// The same, and they are clean from then on: the guest pays for it, since Xen has to be asked at its next access to each page of its
     /// memory. `last`: it is paused, and no look follows.
     pub fn take(&mut self, hv: &dyn Hypervisor, dom: DomId, bitmap: &mut DirtyBitmap, last: bool) -> Result<()> {
+        // What is in a log that is not ours any more stays in it.
+        self.look(hv, dom, bitmap)?;
         hv.log_dirty_clean(dom, bitmap, last)?;
         self.find_marks(bitmap)?;
         // What is written between the look and the marks and is taken away in between would not show: some microseconds.
@@ -54,7 +94,7 @@ impl DirtyLog {
 
     fn find_marks(&mut self, bitmap: &DirtyBitmap) -> Result<()> {
         if let Some(missing) = self.marks.iter().find(|gfn| !bitmap.contains(**gfn)) {
-            self.stolen = true;
+            self.whose = Whose::Others;
             return Err(Trouble::new(format!(
                 "somebody else has looked at which pages it writes to, or has ended that (the mark at page {missing} is gone), \
                  so the copy is not whole; is it being saved or migrated by xl?"
@@ -87,7 +127,26 @@ impl DirtyLog {
     }
 
     /// Ends it, unless it is somebody else's by now: stock tools would go on with a log that is empty.
-    pub fn stop(&self, hv: &dyn Hypervisor, dom: DomId) -> hypervisor::Result<()> {
-        if self.stolen { Ok(()) } else { hv.log_dirty_disable(dom) }
+    pub fn stop(&mut self, hv: &dyn Hypervisor, dom: DomId, alone: Alone<'_>) -> Result<()> {
+        if std::mem::take(&mut self.whose) != Whose::Ours {
+            return Ok(());
+        }
+        alone()?;
+        Ok(hv.log_dirty_disable(dom)?)
+    }
+
+    /// Pages a second that the guest writes to, by what it does in so long.
+    pub fn rate(hv: &dyn Hypervisor, dom: DomId, ram: &[GfnRange], alone: Alone<'_>, watch: Duration) -> Result<u64> {
+        let mut log = DirtyLog::default();
+        let mut bitmap = DirtyBitmap::new(hv.max_gfn(dom)?.0 + 1);
+        let looked = log.start(hv, dom, ram, alone).and_then(|()| {
+            std::thread::sleep(watch);
+            log.look(hv, dom, &mut bitmap)
+        });
+        let stopped = log.stop(hv, dom, alone);
+        looked?;
+        stopped?;
+        let written = bitmap.count().saturating_sub(log.marks.len() as u64);
+        Ok(written * 1000 / u64::try_from(watch.as_millis()).unwrap_or(u64::MAX).max(1))
     }
 }

@@ -76,6 +76,23 @@ pub trait Faults: Send + Sync {
     fn at(&self, point: &str) -> Option<Fault>;
 }
 
+/// The daemon is to be gone (a planted fault).
+pub(crate) struct Crashed;
+
+/// Lets what is planted at a point happen; `cut` cuts the connection. `true`: the action shall fail.
+pub(crate) fn meet(faults: &dyn Faults, point: &str, cut: impl FnOnce()) -> Result<bool, Crashed> {
+    match faults.at(point) {
+        None => Ok(false),
+        Some(Fault::Crash) => Err(Crashed),
+        Some(Fault::Panic) => panic!("planted at {point}"),
+        Some(Fault::Fail) => Ok(true),
+        Some(Fault::Cut) => {
+            cut();
+            Ok(false)
+        }
+    }
+}
+
 /// No faults.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct NoFaults;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 pub(crate) struct Recording {
     path: PathBuf,
     file: File,
+    empty: bool,
 }
 
 impl Recording {
@@ -19,7 +20,7 @@ impl Recording {
     /// It can't be made, or is there already: nothing is written over.
     pub(crate) fn create(path: &Path) -> Result<Recording> {
         match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
-            Ok(file) => Ok(Recording { path: path.into(), file }),
+            Ok(file) => Ok(Recording { path: path.into(), file, empty: true }),
             Err(error) => {
                 let taken = error.kind() == io::ErrorKind::AlreadyExists;
                 let todo = if taken { "remove it, or name another file" } else { "name another file" };
@@ -33,10 +34,22 @@ impl Recording {
     /// # Errors
     /// There is no room for it. A recording with a hole would be of no use, so the migration ends.
     pub(crate) fn add(&mut self, bytes: &[u8]) -> Result<()> {
+        self.empty = false;
         self.file.write_all(bytes).map_err(|error| {
             let todo = "give a file where there is room for the guest's memory and more, or record nothing";
             Trouble::because(format!("write the recording {}", self.path.display()), error).todo(todo)
         })
+    }
+}
+
+/// A migration that was refused has sent nothing, and the file would stand in the way of the next.
+impl Drop for Recording {
+    fn drop(&mut self) {
+        if self.empty
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            tracing::warn!("the empty recording {} stays: {error}", self.path.display());
+        }
     }
 }
 
@@ -61,7 +74,7 @@ mod tests {
     #[test]
     fn no_room_is_an_error_that_names_the_file() {
         let file = OpenOptions::new().write(true).open("/dev/full").unwrap();
-        let mut recording = Recording { path: "/dev/full".into(), file };
+        let mut recording = Recording { path: "/dev/full".into(), file, empty: false };
         let error = recording.add(b"bytes").unwrap_err().to_string();
         assert!(error.contains("/dev/full") && error.contains("where there is room"), "{error}");
     }

@@ -54,6 +54,10 @@ pub trait Toolstack: Send + Sync {
     /// Everything the guest has. Refuses, by name and reason, what can't move.
     fn describe(&self, dom: DomId) -> Result<Description>;
 
+    /// Refuses a guest whose memory somebody else is copying (`xl save`, `xl migrate`), as far as that is to be seen. The look at it may
+    /// take milliseconds.
+    fn alone(&self, dom: DomId) -> Result<()>;
+
     /// What a CPU pool is called; only the number is Xen's.
     fn pool_name(&self, id: u32) -> Result<Option<String>>;
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use hypervisor::{DomId, Gfn, Hypervisor, PAGE_SIZE};
 use rustix::termios::{Action, tcflow};
 
-use crate::device::Console;
+use crate::device::{Console, Inventory};
 use crate::error::{Error, Result};
 use crate::machine::Machine;
 use crate::source::POLL;
@@ -96,9 +96,15 @@ pub fn wait_output(machine: &dyn Machine, hypervisor: &dyn Hypervisor, domid: u1
     }
 }
 
-/// Makes xenconsoled attach on the destination: it looks at the console's area when its port is written, and at a new
-/// domain when it is introduced to the store. After the commit.
-pub fn attach(store: &mut dyn Store, console: &Console) -> Result<()> {
-    // The terminal's name is the source's; xenconsoled writes its own.
-    store.write(&format!("{}/port", console.area), console.port.to_string().as_bytes())
+/// Makes xenconsoled attach on the destination: it looks at the console's area when its port is written, and at a new domain when one is
+/// introduced to the store. After the commit, and before the guest's watches are served: `introduced` says that they are, so that this has
+/// been done. A guest without a connection with the store has none, and is never introduced.
+pub fn attach(store: &mut dyn Store, inventory: &Inventory, introduced: bool) -> Result<()> {
+    match &inventory.console {
+        // The terminal's name is the source's; xenconsoled writes its own.
+        Some(console) if !introduced => {
+            store.write(&format!("{}/port", console.area), console.port.to_string().as_bytes())
+        }
+        _ => Ok(()),
+    }
 }

@@ -1,8 +1,9 @@
 //! Whether a disk of one host is the same as one of another: by what the storage says of itself, else by what stands on it.
 //!
 //! A name is what every host reads from the storage: a SCSI or NVMe disk's wwid, the UUID that a multipath, LVM or LUKS device has from it,
-//! the serial number that a virtual disk was given. Names of one kind settle it. Without them, blocks at fixed places are compared. That
-//! some differ can also mean that the guest wrote there in between: a refusal that was not needed harms nobody, the wrong disk does.
+//! the serial number that a virtual disk was given. Names of one kind that differ settle it. That they are the same may be because one
+//! disk is the other's clone: then most of the blocks at fixed places must be the same too. Without names, all must. That some differ can
+//! also mean that the guest wrote there in between: a refusal that was not needed harms nobody, the wrong disk does.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -157,25 +158,29 @@ impl Evidence {
                 "the disk {path} has sectors {here} here and {there} on the source: it is not the same disk"
             ));
         }
-        if let (Some(there), Some(here)) = (&self.name, &here.name)
-            && there.kind == here.kind
-        {
-            return (there != here)
-                .then(|| format!("the disk {path} is {here} here and {there} on the source: it is not the same disk"));
-        }
+        let named = match (&self.name, &here.name) {
+            (Some(there), Some(here)) if there.kind != here.kind => None,
+            (Some(there), Some(here)) if there != here => {
+                return Some(format!(
+                    "the disk {path} is {here} here and {there} on the source: it is not the same disk"
+                ));
+            }
+            (Some(there), Some(_)) => Some(there),
+            _ => None,
+        };
         let places = places(here.sectors);
         // The peer has no say in what is read here.
         if self.samples.iter().any(|sample| !places.contains(&sample.at)) {
             return Some(format!("the offer's samples of the disk {path} are of no places that are looked at"));
         }
-        if !self.samples.iter().any(|sample| !sample.blank) {
+        if named.is_none() && !self.samples.iter().any(|sample| !sample.blank) {
             return Some(format!(
                 "nothing tells whether the disk {path} is the same on both hosts: they have no name for it that they share (wwid, serial \
                  number, UUID), and it is blank wherever it was looked at; give it a partition table or a file system"
             ));
         }
         let at: Vec<u64> = self.samples.iter().map(|sample| sample.at).collect();
-        let mut differs = None;
+        let mut why = None;
         for look in 0..LOOKS {
             if look > 0 {
                 machine.sleep(PAUSE);
@@ -184,13 +189,29 @@ impl Evidence {
                 Ok(here) => here,
                 Err(error) => return Some(format!("the disk {path} can't be read here: {error}")),
             };
-            differs = self.samples.iter().find(|sample| !here.contains(sample)).map(|sample| sample.at);
-            differs?;
+            why = self.judge(path, named, &here);
+            why.as_ref()?;
         }
-        differs.map(|at| {
-            format!(
+        why
+    }
+
+    /// Why one look at its blocks speaks against it.
+    fn judge(&self, path: &str, named: Option<&Name>, here: &[Sample]) -> Option<String> {
+        let differ: Vec<&Sample> = self.samples.iter().filter(|sample| !here.contains(sample)).collect();
+        let at = differ.first()?.at;
+        let Some(name) = named else {
+            return Some(format!(
                 "the disk {path} holds something else here than on the source (at byte {at}), and they have no name for it that they share: \
                  it is not the same disk, or the guest wrote there this moment; try again if you know that it is the same"
+            ));
+        };
+        let tell = self.samples.iter().filter(|sample| !sample.blank || differ.contains(sample)).count();
+        (differ.len() * 2 > tell).then(|| {
+            format!(
+                "the disk {path} is {name} on both hosts, but holds something else here than on the source ({} of {tell} blocks that tell \
+                 something differ, the first at byte {at}): one is a clone that has kept the other's name, so give it one of its own; or \
+                 the guest is writing all over it, then try again",
+                differ.len()
             )
         })
     }

@@ -199,6 +199,13 @@ pub fn rollback(
             gone.extend([device.frontend.as_str(), device.backend.as_str()]);
         }
     }
+    // One that failed at an attempt before this is bound, and tries again only when it is bound anew. So would be one that its kernel has
+    // complained of at any time before; the guest stands still, and that does it no harm.
+    for device in &here {
+        if store.read(&device.error_node())?.is_some() {
+            unbind(machine, device)?;
+        }
+    }
     let (bound, free): (Vec<Device>, Vec<Device>) =
         here.iter().cloned().partition(|device| machine.is_bound(device.class.name(), &device.bus_id()));
     // With a device still at work its grants can't be told from those of one that drains; then only the event channels of
@@ -211,6 +218,10 @@ pub fn rollback(
         while drain::device_ports_connected(channels, &draining)? && machine.now() - start < limits.rollback_drain {
             machine.sleep(POLL);
         }
+    }
+    // What its kernel says from here on is of this attempt.
+    for device in &free {
+        store.remove(&device.error_area())?;
     }
     let mut errors: Vec<Error> = each(&free, |device| {
         let (driver, name) = (device.class.name(), device.bus_id());
@@ -278,7 +289,8 @@ pub(crate) fn closed(store: &mut dyn Store, device: &Device, state: String) -> E
     }
 }
 
-/// Waits until every backend is in the state in which it was found.
+/// Waits until every backend is in the state in which it was found, and its kernel has nothing against it: a netback that can't connect
+/// goes to state 5 and at once on to 4 as if it had (`set_backend_state`, drivers/net/xen-netback/xenbus.c).
 pub(crate) fn wait_states(
     machine: &dyn Machine,
     store: &mut dyn Store,
@@ -293,6 +305,9 @@ pub(crate) fn wait_states(
         loop {
             let state = store.text(&path)?.unwrap_or_default();
             if state == device.backend_state {
+                // It is written before the state.
+                let why = store.text(&device.error_node())?;
+                errors.extend(why.map(|why| Error::Unconnected { device: device.bus_id(), why }));
                 break;
             }
             if state == "5" || state == "6" {

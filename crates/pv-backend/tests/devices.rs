@@ -10,6 +10,7 @@ use std::time::Duration;
 use fakes::{Host, disk, with_guest};
 use hypervisor::{DomId, PortState};
 use pv_backend::announce::announce;
+use pv_backend::console;
 use pv_backend::destination::{check, connect, prepare};
 use pv_backend::device::{Class, Inventory, changed, discover, judge_channels};
 use pv_backend::disk::{Evidence, Name, survey};
@@ -282,6 +283,31 @@ fn a_rollback_goes_on_after_a_device_that_fails_and_names_it() {
     assert!(host.state.lock().unwrap().bound.contains("vbd-7-51712"));
 }
 
+/// As on the destination: netback says that it is connected when it could not connect.
+#[test]
+fn a_rollback_does_not_believe_a_backend_that_its_kernel_has_given_up() {
+    let host = Host::new();
+    with_guest(&host, DOM);
+    let found = found(&host);
+    // What its kernel said of it long ago, and has got over.
+    host.put("/local/domain/0/error/backend/vbd/7/51712/error", "28 of old");
+    let saved = snapshot(&host, &mut host.store(), &found).unwrap();
+    let guest = Guest::drains_after(1);
+    release(&host, &Counting(&guest), &found, &Limits::default()).unwrap();
+    host.state.lock().unwrap().closes.insert("vif-7-0".into());
+    let back = || rollback(&host, &mut host.store(), &Counting(&guest), &found, &saved, &Limits::default());
+    for attempt in ["the first", "the next, which finds it bound"] {
+        let error = back().unwrap_err();
+        assert_eq!(host.get("/local/domain/0/backend/vif/7/0/state").as_deref(), Some("4"));
+        assert!(matches!(&error, Error::Unconnected { device, .. } if device == "vif-7-0"), "{attempt}: {error}");
+    }
+    // Its guest can't be let run without it, so it is tried until it connects.
+    host.state.lock().unwrap().closes.clear();
+    back().unwrap();
+    assert_eq!(host.get("/local/domain/0/error/backend/vif/7/0/error"), None);
+    assert_eq!(snapshot(&host, &mut host.store(), &found).unwrap(), saved);
+}
+
 #[test]
 fn a_rollback_does_without_a_device_that_was_taken_away() {
     let host = Host::new();
@@ -435,6 +461,45 @@ fn another_disk_of_the_same_size_is_refused() {
     assert!(refusals(&check(&host, &found.devices, &evidence)).contains("of no places that are looked at"));
 }
 
+/// A clone has its original's name: a volume's or a LUKS header's UUID is copied with it, and serial numbers are what somebody typed.
+#[test]
+fn a_name_that_two_disks_have_is_not_believed_against_what_stands_on_them() {
+    let with_blocks = |differ: usize| {
+        let (host, found) = host_with_disk(Some("root"), 1, 1);
+        let mut state = host.state.lock().unwrap();
+        for n in 0..8_usize {
+            let mut block = vec![0; 4096];
+            (block[0], block[1]) = (7, u8::from(n < differ));
+            state.blocks.insert(("/dev/ram0".into(), 4096 * (n as u64 + 1)), block);
+        }
+        drop(state);
+        (host, found)
+    };
+    // Ten blocks tell something.
+    let (source, found) = with_blocks(0);
+    let judged = |host: &Host| refusals(&check(host, &found.devices, &survey(&source, &found.devices).unwrap()));
+    for few in 0..=5 {
+        assert_eq!(judged(&with_blocks(few).0), "", "{few} were written by the guest in between");
+    }
+    let (other, _) = with_blocks(6);
+    let text = judged(&other);
+    assert!(text.contains("the disk /dev/ram0 is wwid root on both hosts"), "{text}");
+    assert!(text.contains("6 of 10 blocks that tell something differ, the first at byte 4096"), "{text}");
+    // Blank there, but not here.
+    let (other, _) = with_blocks(5);
+    for at in [4096 * 20, 4096 * 21] {
+        other.state.lock().unwrap().blocks.insert(("/dev/ram0".into(), at), (0..=255).cycle().take(4096).collect());
+    }
+    assert!(judged(&other).contains("7 of 12 blocks"), "{}", judged(&other));
+    // Nothing speaks against an empty disk's name.
+    let (source, found) = host_with_disk(Some("root"), 0, 0);
+    assert_eq!(refusals(&check(&source, &found.devices, &survey(&source, &found.devices).unwrap())), "");
+    // Places of the peer's choice are not read for a name either.
+    let mut evidence = survey(&source, &found.devices).unwrap();
+    evidence.get_mut(&51712).unwrap().samples[0].at = 1 << 20;
+    assert!(refusals(&check(&source, &found.devices, &evidence)).contains("of no places that are looked at"));
+}
+
 /// A path is a name that can lead elsewhere by now.
 #[test]
 fn a_path_that_is_no_longer_the_open_disk_is_refused_on_the_source() {
@@ -461,6 +526,24 @@ fn the_frontends_states_come_last() {
     );
 }
 
+#[test]
+fn the_console_is_attached_once_and_without_a_store_too() {
+    let host = Host::new();
+    with_guest(&host, DOM);
+    let mut inventory = found(&host);
+    let writes = |inventory: &Inventory, introduced| {
+        let before = host.state.lock().unwrap().calls.len();
+        console::attach(&mut host.store(), inventory, introduced).unwrap();
+        host.state.lock().unwrap().calls[before..].join("\n")
+    };
+    assert_eq!(writes(&inventory, false), "write /local/domain/7/console/port=2");
+    assert_eq!(writes(&inventory, true), "");
+    inventory.store_port = None;
+    assert_eq!(writes(&inventory, false), "write /local/domain/7/console/port=2");
+    inventory.console = None;
+    assert_eq!(writes(&inventory, false), "");
+}
+
 /// A daemon that was killed after it had connected them does it again, with the guest's watches served: each write would fire one.
 #[test]
 fn what_is_connected_is_not_written_again() {
@@ -470,6 +553,18 @@ fn what_is_connected_is_not_written_again() {
     let before = host.state.lock().unwrap().calls.len();
     connect(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
     assert_eq!(host.state.lock().unwrap().calls[before..], Vec::<String>::new());
+    // One that the guest has not looked at yet waits for it; nobody need be woken, neither then nor again.
+    let (host, mut found) = moved();
+    let vif = &mut found.devices[0];
+    (vif.frontend_state, vif.backend_state) = ("1".into(), "2".into());
+    prepare(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
+    let before = host.state.lock().unwrap().calls.len();
+    for _ in 0..2 {
+        connect(&host, &mut host.store(), &found.devices, &Limits::default()).unwrap();
+    }
+    let calls = host.state.lock().unwrap().calls[before..].join("\n");
+    assert!(!calls.contains("/vif/") && calls.matches("/device/vbd/51712/state=4").count() == 1, "{calls}");
+    assert_eq!(host.get(&format!("{}/state", found.devices[0].frontend)).as_deref(), Some("1"));
 }
 
 #[test]

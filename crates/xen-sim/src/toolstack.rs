@@ -40,6 +40,8 @@ pub struct SimToolstack {
     pub lacks: Vec<String>,
     /// The store answers nobody.
     hangs: Arc<AtomicBool>,
+    /// Stock tools save or migrate guests.
+    saving: Arc<AtomicBool>,
 }
 
 impl SimToolstack {
@@ -50,6 +52,7 @@ impl SimToolstack {
             pools: Arc::default(),
             lacks: Vec::new(),
             hangs: Arc::default(),
+            saving: Arc::default(),
         }
     }
 
@@ -69,6 +72,11 @@ impl SimToolstack {
     /// From now on the store answers nobody, or does again.
     pub fn hang(&self, hangs: bool) {
         self.hangs.store(hangs, Ordering::SeqCst);
+    }
+
+    /// From now on stock tools are at work on the guests, or no longer.
+    pub fn save(&self, saving: bool) {
+        self.saving.store(saving, Ordering::SeqCst);
     }
 
     fn store(&self) -> Result<MutexGuard<'_, BTreeMap<DomId, Guest>>> {
@@ -108,6 +116,10 @@ impl Toolstack for SimToolstack {
             }],
             details: serde_json::json!({"made": true}),
         })
+    }
+
+    fn alone(&self, _dom: DomId) -> Result<()> {
+        if self.saving.load(Ordering::SeqCst) { Err(Trouble::new("it is being saved by stock tools")) } else { Ok(()) }
     }
 
     fn pool_name(&self, id: u32) -> Result<Option<String>> {

@@ -47,6 +47,19 @@ pub enum Error {
         /// The path or domain.
         what: String,
     },
+    /// The connection broke, and the daemon that is there now does not let the watch be. The client has forgotten it.
+    #[error(
+        "xenstore WATCH {path} (token {token}): xenstored was started anew and refuses it: {errno}; nothing is heard of that path any more \
+         until it is watched again"
+    )]
+    WatchLost {
+        /// Of the watch.
+        path: String,
+        /// Of the watch.
+        token: String,
+        /// The daemon's answer.
+        errno: Errno,
+    },
     /// The daemon does not speak the protocol.
     #[error("xenstore {}: unexpected answer: {what}", op.name())]
     Protocol {
@@ -69,6 +82,13 @@ impl Error {
         Error::Unsure { op, what: what.into() }
     }
 
+    /// `watch`: path and token, as they were sent.
+    pub(crate) fn watch_lost(watch: &[u8], errno: Errno) -> Error {
+        let mut parts = xenstore_wire::payload::strings(watch).map(|part| String::from_utf8_lossy(part).into_owned());
+        let mut next = || parts.next().unwrap_or_default();
+        Error::WatchLost { path: next(), token: next(), errno }
+    }
+
     pub(crate) fn protocol(op: Op, what: &'static str) -> Error {
         Error::Protocol { op, what }
     }
@@ -76,7 +96,7 @@ impl Error {
     /// The daemon's answer, if it is one.
     pub fn errno(&self) -> Option<Errno> {
         match self {
-            Error::Refused { errno, .. } => Some(*errno),
+            Error::Refused { errno, .. } | Error::WatchLost { errno, .. } => Some(*errno),
             _ => None,
         }
     }

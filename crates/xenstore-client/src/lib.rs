@@ -19,7 +19,7 @@
 //! # When the daemon is killed
 //!
 //! A client of a socket connects again, once a daemon listens there (it waits up to [`RECONNECT_WITHIN`], or for its own limit), and sets its watches again, so
-//! that each fires once. A request that changes nothing is sent again; so is one that did not get out. What is said of the others:
+//! that each fires once; of one that is refused then, [`Client::next_event`] tells by [`Error::WatchLost`]. A request that changes nothing is sent again; so is one that did not get out. What is said of the others:
 //! in a transaction `EAGAIN`, as the transaction was lost with the connection; otherwise [`Error::Unsure`], as it was carried out or not.
 
 mod error;
@@ -68,6 +68,10 @@ pub struct Client {
     late: bool,
     /// Path and token of each, as they were given.
     watches: Vec<Vec<u8>>,
+    /// Of those that could not be set again.
+    lost_watches: VecDeque<Error>,
+    /// How long a daemon may take to come back, where there is no limit for each request.
+    again_within: Duration,
     /// How many connections there were before this one: a transaction of an earlier one is lost.
     era: u32,
 }
@@ -109,7 +113,7 @@ impl Client {
 
     fn at(place: Place, limit: Option<Duration>) -> Result<Client> {
         Ok(Client {
-            io: place.open_within(limit.unwrap_or_default(), limit)?,
+            io: place.open_within(limit.unwrap_or_default(), limit.unwrap_or(RECONNECT_WITHIN), limit)?,
             place,
             decoder: FrameDecoder::new(),
             unread: VecDeque::new(),
@@ -118,6 +122,8 @@ impl Client {
             limit,
             late: false,
             watches: Vec::new(),
+            lost_watches: VecDeque::new(),
+            again_within: RECONNECT_WITHIN,
             era: 0,
         })
     }
@@ -131,10 +137,10 @@ impl Client {
         if body.len() > PAYLOAD_MAX {
             return Err(Error::refused(op, what, Errno::E2BIG));
         }
-        let deadline = Instant::now() + self.limit.unwrap_or(RECONNECT_WITHIN);
+        let deadline = Instant::now() + self.limit.unwrap_or(self.again_within);
         loop {
             let mut sent = false;
-            let lost = match self.exchange(op, tx, body, what, &mut sent) {
+            let lost = match self.exchange(op, tx, body, what, self.limit, &mut sent) {
                 Err(Error::Io(lost)) if self.place.is_socket() => lost,
                 r => return r,
             };
@@ -166,32 +172,46 @@ impl Client {
             }
             // One that takes connections and drops them at once is not asked in a circle.
             std::thread::sleep(PAUSE);
-            self.io = self.place.open_within(left, self.limit)?;
+            self.io = self.place.open_within(left, self.limit.unwrap_or(left), self.limit)?;
             (self.decoder, self.unread) = (FrameDecoder::new(), VecDeque::new());
             // Events of before stay: something changed there. The new ones say once more that something may have.
+            let mut refused = Vec::new();
             for watch in self.watches.clone() {
-                match self.exchange(Op::Watch, 0, &watch, "again", &mut false) {
+                match self.exchange(Op::Watch, 0, &watch, "again", Some(self.limit.unwrap_or(left)), &mut false) {
+                    Ok(_) => {}
+                    Err(Error::Refused { errno, .. }) => refused.push((watch, errno)),
                     Err(Error::Io(e)) => {
                         lost = e;
                         continue 'connect;
                     }
-                    r => r?,
-                };
+                    Err(e) => return Err(e),
+                }
+            }
+            for (watch, errno) in refused {
+                self.watches.retain(|w| *w != watch);
+                self.lost_watches.push_back(Error::watch_lost(&watch, errno));
             }
             return Ok(());
         }
     }
 
     /// A request and its reply on the connection that there is. `sent`: all of the request got out.
-    fn exchange(&mut self, op: Op, tx: u32, body: &[u8], what: &str, sent: &mut bool) -> Result<Vec<u8>> {
+    fn exchange(
+        &mut self,
+        op: Op,
+        tx: u32,
+        body: &[u8],
+        what: &str,
+        limit: Option<Duration>,
+        sent: &mut bool,
+    ) -> Result<Vec<u8>> {
         let id = self.next_req;
         self.next_req = self.next_req.wrapping_add(1).max(1);
-        let limit = self.limit.unwrap_or_default();
-        let late = || Error::TimedOut { op, what: what.into(), limit };
+        let late = || Error::TimedOut { op, what: what.into(), limit: limit.unwrap_or_default() };
         if self.late {
             return Err(late());
         }
-        let deadline = self.limit.map(|limit| Instant::now() + limit);
+        let deadline = limit.map(|limit| Instant::now() + limit);
         match self.io.send(&Message::new(op.to_wire(), id, tx, body.to_vec()).to_bytes()) {
             Err(Error::Io(e)) if self.limit.is_some() && e.kind() == std::io::ErrorKind::WouldBlock => {
                 self.late = true;
@@ -258,7 +278,13 @@ impl Client {
 
     /// The next event, waiting up to `timeout` (for ever if `None`). `Ok(None)` when the time is over. What connecting again takes is
     /// not counted.
+    ///
+    /// # Errors
+    /// Among others [`Error::WatchLost`], once for each watch; the others go on.
     pub fn next_event(&mut self, timeout: Option<Duration>) -> Result<Option<Event>> {
+        if let Some(lost) = self.lost_watches.pop_front() {
+            return Err(lost);
+        }
         if let Some(e) = self.events.pop_front() {
             return Ok(Some(e));
         }
@@ -272,7 +298,10 @@ impl Client {
                 }
                 Ok(Some(_)) => return Err(Error::protocol(Op::WatchEvent, "a reply that nobody asked for")),
                 Err(Error::Io(lost)) if self.place.is_socket() => {
-                    self.reconnect(lost, Instant::now() + RECONNECT_WITHIN)?;
+                    self.reconnect(lost, Instant::now() + self.again_within)?;
+                    if let Some(lost) = self.lost_watches.pop_front() {
+                        return Err(lost);
+                    }
                     // The watches' first events may have come with their replies.
                     if let Some(e) = self.events.pop_front() {
                         return Ok(Some(e));
@@ -295,6 +324,8 @@ impl Client {
     pub fn unwatch(&mut self, path: &str, token: &str) -> Result<()> {
         let watch = payload::join([path, token]);
         self.watches.retain(|w| *w != watch);
+        self.lost_watches
+            .retain(|lost| !matches!(lost, Error::WatchLost { path: p, token: t, .. } if p == path && t == token));
         self.request(Op::Unwatch, 0, &watch, path).map(drop)
     }
 
@@ -553,7 +584,7 @@ impl Nodes for Transaction<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     const LIMIT: Duration = Duration::from_millis(50);
 
@@ -604,6 +635,59 @@ mod tests {
                 assert!(taken.len() < 10_000, "the queue has no end");
             }
         });
+        assert!(matches!(error, Error::Connect { .. }), "{error}");
+    }
+
+    /// Answers a connection's next request.
+    fn answer(stream: &mut UnixStream, op: Op, id: u32, body: &[u8]) {
+        let mut request = [0; 4096];
+        assert!(std::io::Read::read(stream, &mut request).unwrap() > 0, "there is a request");
+        let reply = Message::new(op.to_wire(), id, 0, body.to_vec()).to_bytes();
+        std::io::Write::write_all(stream, &reply).unwrap();
+    }
+
+    /// A daemon that was started anew may not have room for the watch, or may not let it be.
+    #[test]
+    fn a_watch_that_is_refused_the_second_time_is_told_of() {
+        let (_dir, path, listener) = daemon();
+        let mut client = Client::connect_within(&path, Duration::from_secs(20)).unwrap();
+        let (mut first, _) = listener.accept().unwrap();
+        let served = std::thread::spawn(move || {
+            answer(&mut first, Op::Watch, 1, b"OK\0");
+            answer(&mut first, Op::Watch, 2, b"OK\0");
+            drop(first);
+            let (mut second, _) = listener.accept().unwrap();
+            answer(&mut second, Op::Error, 4, b"ENOSPC\0");
+            answer(&mut second, Op::Watch, 5, b"OK\0");
+            answer(&mut second, Op::Read, 6, b"value");
+            second
+        });
+        client.watch("/one", "a").unwrap();
+        client.watch("/two", "b").unwrap();
+        // What is asked for has nothing to do with it.
+        assert_eq!(client.read("/x").unwrap(), b"value");
+        let _open = served.join().unwrap();
+        let error = client.next_event(Some(Duration::ZERO)).unwrap_err();
+        assert!(
+            matches!(&error, Error::WatchLost { path, token, errno: Errno::ENOSPC } if path == "/one" && token == "a"),
+            "{error}"
+        );
+        assert_eq!(client.next_event(Some(Duration::ZERO)).unwrap(), None, "once");
+        assert_eq!(client.watches, [payload::join(["/two", "b"])]);
+    }
+
+    /// Without a limit for its requests too: a daemon that is stopped takes no connection, and one that is killed is not back for ever.
+    #[test]
+    fn connecting_again_has_an_end() {
+        let (_dir, path, listener) = daemon();
+        let mut client = Client::connect(&path).unwrap();
+        drop(listener.accept().unwrap());
+        let mut taken = Vec::new();
+        while let Ok(client) = Client::connect_within(&path, LIMIT) {
+            taken.push(client);
+        }
+        client.again_within = LIMIT;
+        let error = in_time(move || client.read("/local").unwrap_err());
         assert!(matches!(error, Error::Connect { .. }), "{error}");
     }
 

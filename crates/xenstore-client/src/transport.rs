@@ -23,20 +23,21 @@ impl Place {
         matches!(self, Place::Socket(_))
     }
 
-    /// Connects, waiting up to `patience` for a daemon that is being started. `limit` is for each call that blocks; a device has none for
-    /// writing.
-    pub(crate) fn open_within(&self, patience: Duration, limit: Option<Duration>) -> Result<Transport> {
+    /// Connects, waiting up to `patience` for a daemon that is being started, and up to `queue` for one that is there to take the
+    /// connection. `limit` is for each write then; a device has none.
+    pub(crate) fn open_within(
+        &self,
+        patience: Duration,
+        queue: Duration,
+        limit: Option<Duration>,
+    ) -> Result<Transport> {
         let path = match self {
             Place::Device(path) => return Transport::device(path),
             Place::Socket(path) => path,
         };
         let end = Instant::now() + patience;
         loop {
-            let connected = match limit {
-                Some(limit) => Transport::connect_within(path, limit),
-                None => Transport::connect(path),
-            };
-            match connected {
+            match Transport::connect(path, queue, limit) {
                 // Nobody listens there yet.
                 Err(Error::Connect { source, .. })
                     if matches!(source.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound)
@@ -57,18 +58,14 @@ pub(crate) enum Transport {
 }
 
 impl Transport {
-    fn connect(path: &Path) -> Result<Transport> {
-        let fail = |source| Error::Connect { path: path.display().to_string(), source };
-        Ok(Transport::Socket(UnixStream::connect(path).map_err(fail)?))
-    }
-
-    /// With a limit also for connecting, and for each write: a daemon that is stopped takes no connection from its full queue.
-    fn connect_within(path: &Path, limit: Duration) -> Result<Transport> {
+    /// A daemon that is stopped takes no connection from its full queue.
+    fn connect(path: &Path, queue: Duration, limit: Option<Duration>) -> Result<Transport> {
         use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt};
         let open = || -> std::io::Result<UnixStream> {
             let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-            sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(limit))?;
+            sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(queue))?;
             connect(&socket, &SocketAddrUnix::new(path)?)?;
+            sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, limit)?;
             Ok(socket.into())
         };
         Ok(Transport::Socket(open().map_err(|source| Error::Connect { path: path.display().to_string(), source })?))

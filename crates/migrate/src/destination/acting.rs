@@ -1,8 +1,8 @@
 //! Carrying out one action of the machine, and what is done when it fails.
 
-use super::{Crashed, Run};
+use super::Run;
 use crate::handshake::{DestinationAction, DestinationEvent};
-use crate::host::Fault;
+use crate::host::{Crashed, meet};
 use crate::source::kebab;
 use crate::trouble::{Result, Trouble};
 
@@ -48,16 +48,8 @@ impl Run {
     }
 
     fn fault(&mut self, point: &str) -> std::result::Result<bool, Crashed> {
-        match self.host.faults.at(point) {
-            None => Ok(false),
-            Some(Fault::Crash) => Err(Crashed),
-            Some(Fault::Panic) => panic!("planted at {point}"),
-            Some(Fault::Fail) => Ok(true),
-            Some(Fault::Cut) => {
-                self.lose_link();
-                Ok(false)
-            }
-        }
+        let faults = self.host.faults.clone();
+        meet(&*faults, point, || self.lose_link())
     }
 
     fn stage(

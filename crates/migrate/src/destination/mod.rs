@@ -158,8 +158,6 @@ fn recovered(host: &Host, journal: Journal<DestinationRecord>) -> Result<Option<
     Ok(Some(run))
 }
 
-struct Crashed;
-
 struct Run {
     host: Host,
     id: Uuid,

@@ -1,8 +1,8 @@
 //! Carrying out one action of the machine, and what is done when it fails.
 
-use super::{Crashed, Run};
+use super::Run;
 use crate::handshake::{SourceAction, SourceEvent};
-use crate::host::Fault;
+use crate::host::{Crashed, meet};
 use crate::trouble::{Result, Trouble};
 
 impl Run {
@@ -54,16 +54,8 @@ impl Run {
 
     /// A planted fault; `true`: the action shall fail.
     fn fault(&mut self, point: &str) -> std::result::Result<bool, Crashed> {
-        match self.host.faults.at(point) {
-            None => Ok(false),
-            Some(Fault::Crash) => Err(Crashed),
-            Some(Fault::Panic) => panic!("planted at {point}"),
-            Some(Fault::Fail) => Ok(true),
-            Some(Fault::Cut) => {
-                self.lost("planted fault".into());
-                Ok(false)
-            }
-        }
+        let faults = self.host.faults.clone();
+        meet(&*faults, point, || self.lost("planted fault".into()))
     }
 
     /// A stage that may fail: then the guest stays.

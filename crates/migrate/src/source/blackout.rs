@@ -31,14 +31,13 @@ impl Run {
         self.look_at_size()?;
         // The pages that Xen writes to by itself are found before the pause; what changes until then is found after it again.
         if hv.domain_info(dom)?.paused {
-            // Nothing was done that a roll-back would have to undo, this pause least of all.
-            self.freeze = None;
             return Err(Trouble::new("somebody has paused it while its memory was copied"));
         }
         // A peer that takes nothing more holds up the sending for half a minute else.
         let patience = self.patience();
         let fuse = self.link.as_ref().map(|link| link.close_after(patience)).transpose()?;
         let timeline = self.timeline.insert(Timeline::start(Place::Source));
+        self.freeze = Some(Freeze::default());
         for _ in 0..PAUSES {
             hv.pause(dom)?;
         }
@@ -90,7 +89,7 @@ impl Run {
         image::write_tail(&mut self.encoder, &state, &luggage);
         self.state = Some(state);
         self.flush()?;
-        drop(fuse);
+        self.fuse = fuse;
         Ok(())
     }
 

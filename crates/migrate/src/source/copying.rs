@@ -21,7 +21,8 @@ impl Run {
     pub(super) fn precopy(&mut self) -> Result<()> {
         let hv = self.host.hypervisor.clone();
         let dom = self.dom();
-        self.dirty_log.start(&*hv, dom, &self.offer.shell.ram)?;
+        let toolstack = self.host.toolstack.clone();
+        self.dirty_log.start(&*hv, dom, &self.offer.shell.ram, &|| toolstack.alone(dom))?;
         let offer = self.offer.clone();
         image::write_head(&mut self.encoder, &offer);
         let mut todo: Vec<Gfn> = gfns(&offer.shell.ram).collect();

@@ -10,8 +10,9 @@ impl Run {
     pub(super) fn roll_back(&mut self) -> Result<()> {
         let hv = self.host.hypervisor.clone();
         let dom = self.dom();
-        if let Err(error) = self.dirty_log.stop(&*hv, dom) {
-            // Off already, or the guest is gone.
+        let toolstack = self.host.toolstack.clone();
+        if let Err(error) = self.dirty_log.stop(&*hv, dom, &|| toolstack.alone(dom)) {
+            // Others' by now, or the guest is gone.
             tracing::debug!("{}: {error}", self.title());
         }
         let Some(freeze) = &self.freeze else { return Ok(()) };

@@ -19,9 +19,9 @@ use crate::command::Command;
 use crate::dirty_log::DirtyLog;
 use crate::guest::{GuestState, Offer};
 use crate::handshake::{Outcome, Source, SourceAction, SourceEvent, SourceRecord, SourceState};
-use crate::host::Host;
+use crate::host::{Crashed, Host};
 use crate::journal::Journal;
-use crate::link::Sender;
+use crate::link::{Fuse, Sender};
 use crate::own_fault;
 use crate::precopy::{Limits, Precopy};
 use crate::recording::Recording;
@@ -125,6 +125,19 @@ pub fn start(host: &Host, request: Request) -> Result<Handle> {
     Ok(spawn(host, run))
 }
 
+/// Pages a second that the guest writes to, by what it does in so long. There is a journal meanwhile: a daemon that is killed at it must
+/// switch the log of its writes off when it is started again, and so it does for a migration that has only begun.
+pub fn dirty_rate(host: &Host, peer: String, offer: Offer, watch: Duration) -> Result<u64> {
+    let (dom, ram) = (offer.identity.domid, offer.shell.ram.clone());
+    let mut journal = Journal::create(&host.journals, Uuid::new_v4())?;
+    let rate = journal
+        .append(SourceRecord::Begin, &serde_json::to_vec(&Begin { peer, offer })?)
+        .map_err(Trouble::from)
+        .and_then(|()| DirtyLog::rate(&*host.hypervisor, dom, &ram, &|| host.toolstack.alone(dom), watch));
+    journal.delete()?;
+    rate
+}
+
 /// Goes on with the migration that a journal tells of, after the daemon was started again.
 pub fn recover(host: &Host, journal: Journal<SourceRecord>) -> Result<Option<Handle>> {
     Ok(recovered(host, journal)?.map(|run| spawn(host, run)))
@@ -153,6 +166,7 @@ fn recovered(host: &Host, journal: Journal<SourceRecord>) -> Result<Option<Run>>
     let undo = journal.payload(SourceRecord::Go).or(journal.payload(SourceRecord::Freeze));
     run.freeze = undo.and_then(|p| serde_json::from_slice(p).ok());
     run.recovered = true;
+    run.dirty_log = DirtyLog::left_over();
     run.connected = true;
     run.journal = Some(journal);
     Ok(Some(run))
@@ -176,9 +190,6 @@ fn spawn(host: &Host, run: Run) -> Handle {
     handle
 }
 
-/// The daemon is to be gone (a planted fault).
-struct Crashed;
-
 struct Run {
     host: Host,
     id: Uuid,
@@ -197,6 +208,8 @@ struct Run {
     input: mpsc::Receiver<Input>,
     input_tx: mpsc::Sender<Input>,
     link: Option<Sender>,
+    /// From the pause until the last word before `Ready` is written.
+    fuse: Option<Fuse>,
     /// A connection was there once.
     connected: bool,
     last_heard: Instant,
@@ -260,6 +273,7 @@ impl Run {
             input,
             input_tx,
             link: None,
+            fuse: None,
             connected: false,
             last_heard: now,
             last_ping: now,
@@ -364,7 +378,14 @@ impl Run {
         match self.todo.pop_front() {
             Some(action) => self.act(action),
             None => {
+                let before = self.machine.state();
                 if let Some(event) = self.wait() {
+                    self.hear(event);
+                }
+                if self.todo.is_empty()
+                    && self.machine.state() == before
+                    && let Some(event) = self.tick()
+                {
                     self.hear(event);
                 }
                 Ok(())

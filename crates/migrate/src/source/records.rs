@@ -27,7 +27,10 @@ impl Run {
     pub(super) fn write_journal(&mut self, record: SourceRecord) -> Result<()> {
         let payload = match record {
             SourceRecord::Begin => serde_json::to_vec(&Begin { peer: self.peer.clone(), offer: self.offer.clone() })?,
-            SourceRecord::Freeze | SourceRecord::Go => serde_json::to_vec(self.freeze.get_or_insert_default())?,
+            // Before the pause there is nothing to undo, whatever a daemon that is started again has to assume.
+            SourceRecord::Freeze | SourceRecord::Go => {
+                serde_json::to_vec(self.freeze.as_ref().unwrap_or(&Freeze::default()))?
+            }
             SourceRecord::Abort => self.why.clone().unwrap_or_default().into_bytes(),
             _ => Vec::new(),
         };

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 impl Run {
     pub(super) fn say(&mut self, word: ToDestination) -> Result<()> {
+        // What the encoder has flushed may go off with this word only.
+        let _until_written = self.fuse.take();
         let details = match word {
             ToDestination::Offer => {
                 self.connect()?;
@@ -116,7 +118,7 @@ impl Run {
         }
     }
 
-    /// The next event, or `None` when there was only time passing.
+    /// The next event, or `None` when nothing came of what came.
     pub(super) fn wait(&mut self) -> Option<SourceEvent> {
         if self.machine.state() == SourceState::RolledBack && !self.connected {
             return Some(SourceEvent::PeerUnaware);
@@ -133,7 +135,7 @@ impl Run {
         let pause = self.limit().map_or(pause, |limit| pause.min(limit.saturating_sub(self.waiting_since.elapsed())));
         match self.input.recv_timeout(pause.max(LEAST_PAUSE)) {
             Ok(input) => self.take(input),
-            Err(_) => self.tick(),
+            Err(_) => None,
         }
     }
 
@@ -158,8 +160,8 @@ impl Run {
         self.precopy.patience(least, most)
     }
 
-    /// Time passes while waiting for the peer.
-    fn tick(&mut self) -> Option<SourceEvent> {
+    /// Time passes while waiting for the peer, also while that says what changes nothing.
+    pub(super) fn tick(&mut self) -> Option<SourceEvent> {
         let timeouts = self.host.timeouts;
         if let Some(limit) = self.limit()
             && self.waiting_since.elapsed() >= limit
@@ -178,7 +180,9 @@ impl Run {
             if unanswered && self.last_said.elapsed() > timeouts.reconnect * REPEAT_AFTER {
                 return Some(SourceEvent::LinkUp);
             }
-            if self.last_heard.elapsed() > timeouts.silence && self.last_ping > self.last_heard {
+            // A ping that is not answered yet may have been sent late, by a step that took long.
+            let unanswered_for = self.pings.front().map(|(_, sent)| sent.elapsed()).unwrap_or_default();
+            if self.last_heard.elapsed().min(unanswered_for) > timeouts.silence {
                 self.lost(format!("nothing heard for {:?}", timeouts.silence));
                 return None;
             }
@@ -230,10 +234,7 @@ impl Run {
                 }
                 self.last_heard = Instant::now();
                 match frame {
-                    Frame::Pong(number) => {
-                        self.pong(number);
-                        None
-                    }
+                    Frame::Pong(number) if self.pong(number) => None,
                     Frame::ToSource(said) if said.id == self.id => self.word(said),
                     _ => {
                         self.lost("the peer said something that a destination does not say".into());
@@ -244,14 +245,16 @@ impl Run {
         }
     }
 
-    fn pong(&mut self, number: u64) {
+    /// `false`: nobody asked for it. A peer that says more than it was asked would fill this host's memory.
+    fn pong(&mut self, number: u64) -> bool {
         while let Some((sent_number, sent)) = self.pings.pop_front() {
             if sent_number == number {
                 let rtt = sent.elapsed();
                 self.round_trip = Some(self.round_trip.map_or(rtt, |best| best.min(rtt)));
-                return;
+                return true;
             }
         }
+        false
     }
 
     fn word(&mut self, said: Said<ToSource>) -> Option<SourceEvent> {
@@ -330,10 +333,7 @@ impl Run {
                         return Err(Trouble::new(format!("connection to {} lost: {why}", self.peer)));
                     }
                 }
-                Ok(Input::Frame(_, Frame::Pong(number))) => {
-                    self.last_heard = Instant::now();
-                    self.pong(number);
-                }
+                Ok(Input::Frame(_, Frame::Pong(number))) if self.pong(number) => self.last_heard = Instant::now(),
                 Ok(Input::Frame(_, Frame::ToSource(said))) => {
                     let why = serde_json::from_value::<WhyDetails>(said.details).unwrap_or_default().why.join("; ");
                     return Err(Trouble::new(format!("the destination ended it ({:?}): {why}", said.word)));

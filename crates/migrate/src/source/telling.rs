@@ -59,6 +59,8 @@ impl Run {
             steps,
             silence: self.silence,
         };
+        // Whoever asked finds it as it stays.
+        self.recording = None;
         tracing::info!(id = %self.id, "{}: {ending:?}, blackout {} µs", self.title(), report.blackout_us);
         *self.shared.report.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
     }
