@@ -9,7 +9,7 @@ pub mod plan;
 pub mod race;
 mod reach;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -189,7 +189,10 @@ impl<'a> Executor<'a> {
             progress::say(format!("step {number}/{total}: {what}"));
             let began = self.lab.clock.now();
             let result = match &step {
-                Step::ExpectVerdict(_) => judge(self, &step),
+                Step::ExpectVerdict(_) => {
+                    self.look_after_last_moves();
+                    judge(self, &step)
+                }
                 _ => self.carry_out(number, &what, step),
             };
             let took = self.lab.clock.now().saturating_sub(began);
@@ -288,6 +291,18 @@ impl<'a> Executor<'a> {
         }
         self.record(guest).first.get_or_insert(snapshot);
         Ok(())
+    }
+
+    /// A move that is over has no look after it until the next one begins, and can't be judged. A guest that does not answer is judged as one
+    /// that has not reported since.
+    fn look_after_last_moves(&mut self) {
+        let guests: BTreeSet<String> =
+            self.moves.iter().filter(|m| m.ended.is_some() && m.after.is_none()).map(|m| m.guest.clone()).collect();
+        for guest in guests {
+            if let Err(error) = self.look_after(&guest) {
+                progress::say(format!("{error:#}"));
+            }
+        }
     }
 
     /// A guest is about to move.
