@@ -659,9 +659,10 @@ impl Hypervisor for SimXen {
 
     fn log_dirty_peek(&self, dom: DomId, bitmap: &mut DirtyBitmap) -> Result<DirtyStats> {
         self.with("XEN_DOMCTL_shadow_op", dom, |d| {
+            d.run();
             bitmap.clear();
             d.dirty.iter().flatten().for_each(|gfn| bitmap.insert(*gfn));
-            Ok(DirtyStats::default())
+            Ok(DirtyStats { pages: bitmap.pages(), fault_count: 0, dirty_count: bitmap.count() as u32 })
         })
     }
 
