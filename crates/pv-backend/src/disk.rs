@@ -2,7 +2,7 @@
 //!
 //! A name is what every host reads from the storage: a SCSI or NVMe disk's wwid, the UUID that a multipath, LVM or LUKS device has from it,
 //! the serial number that a virtual disk was given. Names of one kind that differ settle it. That they are the same may be because one
-//! disk is the other's clone: then most of the blocks at fixed places must be the same too. Without names, all must. That some differ can
+//! disk is the other's clone: then most of the blocks at fixed places, if enough of them hold anything, must be the same too. Without names, all must. That some differ can
 //! also mean that the guest wrote there in between: a refusal that was not needed harms nobody, the wrong disk does.
 
 use std::collections::BTreeMap;
@@ -26,6 +26,9 @@ const SPREAD: u64 = 32;
 const PAUSE: Duration = Duration::from_millis(50);
 /// Looks of the destination: storage that mirrors to another host may be behind for a moment.
 const LOOKS: u32 = 3;
+/// So many blocks must tell something before they speak against a name: the few of a disk that is nearly empty may be just those that the
+/// guest writes to.
+const ENOUGH: usize = 8;
 
 /// What a storage says of itself, the same on every host that sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -206,7 +209,7 @@ impl Evidence {
             ));
         };
         let tell = self.samples.iter().filter(|sample| !sample.blank || differ.contains(sample)).count();
-        (differ.len() * 2 > tell).then(|| {
+        (tell >= ENOUGH && differ.len() * 2 > tell).then(|| {
             format!(
                 "the disk {path} is {name} on both hosts, but holds something else here than on the source ({} of {tell} blocks that tell \
                  something differ, the first at byte {at}): one is a clone that has kept the other's name, so give it one of its own; or \

@@ -491,6 +491,13 @@ fn a_name_that_two_disks_have_is_not_believed_against_what_stands_on_them() {
         other.state.lock().unwrap().blocks.insert(("/dev/ram0".into(), at), (0..=255).cycle().take(4096).collect());
     }
     assert!(judged(&other).contains("7 of 12 blocks"), "{}", judged(&other));
+    // Two blocks, both of which the guest has written to, are no evidence against a name.
+    let (nearly_empty, found_there) = host_with_disk(Some("root"), 1, 1);
+    let (written, _) = host_with_disk(Some("root"), 2, 2);
+    assert_eq!(
+        refusals(&check(&written, &found_there.devices, &survey(&nearly_empty, &found_there.devices).unwrap())),
+        ""
+    );
     // Nothing speaks against an empty disk's name.
     let (source, found) = host_with_disk(Some("root"), 0, 0);
     assert_eq!(refusals(&check(&source, &found.devices, &survey(&source, &found.devices).unwrap())), "");
