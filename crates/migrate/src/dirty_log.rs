@@ -45,25 +45,20 @@ impl DirtyLog {
     /// Begins it; all pages are clean then. `ram` is where the guest has memory.
     ///
     /// # Errors
-    /// It is somebody else's, and stays as it is.
+    /// It is that of stock tools at work, and stays as it is.
     pub fn start(&mut self, hv: &dyn Hypervisor, dom: DomId, ram: &[GfnRange], alone: Alone<'_>) -> Result<()> {
         match hv.log_dirty_enable(dom) {
-            Ok(()) => self.whose = Whose::Ours,
             // Xen has the same answer for a guest with passed-through devices, which the preflight has refused.
             Err(error) if error.as_errno() == Some(Errno::EINVAL) => {
                 alone()?;
-                return Err(Trouble::because(
-                    "which pages it writes to is being watched already, and not by Ferry, which would take pages from the copy that is \
-                     made with it",
-                    error,
-                )
-                .todo(
-                    "end what is saving or migrating it; if such a tool was killed at it, `xl save -c` once switches the watching off \
-                     (the guest takes part in that)",
-                ));
+                // Left on by stock tools that were killed (Ctrl-C is enough). Nothing but another save, which the guest takes part in,
+                // would ever switch it off.
+                hv.log_dirty_disable(dom).and_then(|()| hv.log_dirty_enable(dom))
             }
-            Err(error) => return Err(error).doing("watch which pages the guest writes to"),
+            result => result,
         }
+        .doing("watch which pages the guest writes to")?;
+        self.whose = Whose::Ours;
         // Stock tools that have come since the preflight end this log to begin their own, and the first look would take pages from them.
         if let Err(others) = alone() {
             self.whose = Whose::Others;

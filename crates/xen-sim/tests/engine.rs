@@ -857,19 +857,20 @@ fn log_of(xen: &SimXen) -> (usize, bool) {
     (bitmap.iter().filter(|gfn| (500..=501).contains(&gfn.0)).count(), on)
 }
 
-/// Begun by others, at any time before Ferry's: it is theirs, with what is in it.
+/// Begun by others who are at work, at any time before Ferry's: it is theirs, with what is in it.
 #[test]
 fn a_log_that_others_have_begun_is_left_alone() {
     for point in ["source.before.send-offer", "source.before.precopy"] {
         let lab = Lab::new();
-        let xen = lab.xen[0].clone();
+        let (xen, tools) = (lab.xen[0].clone(), lab.toolstacks[0].clone());
         let begin = move || {
+            tools.save(true);
             xen.log_dirty_enable(DOM).unwrap();
             xen.log_dirty_mark(DOM, &[Gfn(500), Gfn(501)]).unwrap();
         };
         *lab.planted.2.lock().unwrap() = Some((point.into(), Box::new(begin)));
         let error = lab.migrate().error.unwrap();
-        assert!(error.contains("is being watched already, and not by Ferry"), "{point}: {error}");
+        assert!(error.contains("it is being saved by stock tools"), "{point}: {error}");
         assert_eq!(log_of(&lab.xen[0]), (2, true), "{point}");
         lab.settled_on(0);
     }
@@ -878,6 +879,16 @@ fn a_log_that_others_have_begun_is_left_alone() {
     lab.xen[0].log_dirty_enable(DOM).unwrap();
     assert_eq!(lab.migrate().ending, Ending::Refused);
     assert!(log_of(&lab.xen[0]).1);
+}
+
+/// Stock tools that were killed leave it on.
+#[test]
+fn a_log_that_nobody_reads_is_taken_over() {
+    let lab = Lab::new();
+    lab.xen[0].log_dirty_enable(DOM).unwrap();
+    lab.xen[0].log_dirty_mark(DOM, &[Gfn(500)]).unwrap();
+    assert!(lab.migrate().moved);
+    lab.settled_on(1);
 }
 
 /// Stock tools that come between the preflight and the beginning end Ferry's log when they begin their own; a look of Ferry's would take
@@ -922,9 +933,10 @@ fn a_dry_run_watches_and_leaves_nothing() {
     let rate = || source::dirty_rate(&lab.hosts[0], "b".into(), offer.clone(), Duration::from_millis(20));
     assert!(rate().unwrap() > 0);
     assert!(idle(&lab));
-    // Off, until somebody else's is on.
+    // Off, until that of others is on.
     assert_eq!(log_of(&lab.xen[0]), (0, false));
-    assert!(rate().unwrap_err().to_string().contains("is being watched already"));
+    lab.toolstacks[0].save(true);
+    assert!(rate().unwrap_err().to_string().contains("it is being saved by stock tools"));
     assert!(idle(&lab) && log_of(&lab.xen[0]).1);
     lab.settled_on(0);
 }
