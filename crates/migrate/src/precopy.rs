@@ -31,6 +31,9 @@ impl Default for Limits {
 /// So few pages are not worth another round.
 const FEW: u64 = 64;
 
+/// A round is worth it while the pages that are left would make the blackout longer by this part of what it takes anyhow.
+const WORTH: u32 = 4;
+
 /// The blackout may take so many times what was expected of it, if the operator's limit is not more anyhow.
 const EXPECTED_TIMES: u32 = 4;
 
@@ -122,13 +125,14 @@ impl Precopy {
         Judgement::Again
     }
 
-    /// Whether each round still leaves clearly fewer pages than the one before.
+    /// Whether each round still leaves clearly fewer pages than the one before, and those that are left are worth one: the guest pays for each
+    /// with a fault at its next access to every page, and its peers hear less of it.
     fn is_shrinking(&self) -> bool {
         let before = match self.rounds.as_slice() {
             [.., before, _] => before.dirtied,
             _ => u64::MAX,
         };
-        self.dirty > FEW && self.dirty < before / 4 * 3
+        self.dirty > FEW && self.dirty < before / 4 * 3 && self.time_to_send(self.dirty) > self.limits.fixed / WORTH
     }
 
     fn give_up(&self, why: &str) -> Judgement {

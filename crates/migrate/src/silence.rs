@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How often it is looked for the first packet, and how long. A guest that says nothing for longer is waiting for somebody itself.
-const LISTEN_EVERY: Duration = Duration::from_millis(1);
+const LISTEN_EVERY: Duration = Duration::from_millis(3);
 const LISTEN: Duration = Duration::from_millis(500);
 /// A guest that has said nothing for so long before the pause is not expected to say anything right after it.
 const TALKATIVE: Duration = Duration::from_millis(500);

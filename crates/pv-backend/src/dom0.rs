@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crate::announce::parse_mac;
 use crate::disk::{Name, SAMPLE, Sample};
 use crate::machine::{BlockDevice, BridgePort, Machine, Script};
+use crate::netlink;
 
 /// Bytes of a script's output that go into an error.
 const OUTPUT_MAX: u64 = 4096;
@@ -29,6 +30,13 @@ fn net(device: &str) -> Option<PathBuf> {
     let good =
         !device.is_empty() && device.len() < libc::IFNAMSIZ && !device.contains('/') && !device.starts_with("..");
     good.then(|| PathBuf::from("/sys/class/net").join(device))
+}
+
+/// A network device's index.
+fn index(device: &str) -> io::Result<i32> {
+    let base = net(device).ok_or(io::ErrorKind::InvalidInput)?;
+    let text = fs::read_to_string(base.join("ifindex"))?;
+    text.trim().parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "the device's index is no number"))
 }
 
 /// An ioctl on a network device with a `struct ifreq`.
@@ -102,11 +110,6 @@ impl Machine for Dom0 {
     }
 
     fn join_bridge(&self, device: &str, port: &BridgePort) -> io::Result<()> {
-        let index = |name: &str| -> io::Result<i32> {
-            let base = net(name).ok_or(io::ErrorKind::InvalidInput)?;
-            let text = fs::read_to_string(base.join("ifindex"))?;
-            text.trim().parse().map_err(|_| io::ErrorKind::InvalidData.into())
-        };
         let device_index = index(device)?;
         let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
         let hardware = libc::sockaddr {
@@ -169,17 +172,11 @@ impl Machine for Dom0 {
     }
 
     fn teach_bridge(&self, device: &str, address: [u8; 6]) -> io::Result<()> {
-        let address = address.map(|byte| format!("{byte:02x}")).join(":");
-        let arguments = ["fdb", "replace", &address, "dev", device, "master", "dynamic"].map(str::to_owned).to_vec();
-        let script = Script { program: "bridge".to_owned(), arguments, environment: Vec::new() };
-        run(&script, TEACH_LIMIT).map_err(|what| io::Error::other(format!("bridge fdb replace: {what}")))
+        netlink::teach_bridge(index(device)?, address)
     }
 
     fn send_frames(&self, device: &str, frames: &[Vec<u8>]) -> io::Result<()> {
-        let index: i32 = fs::read_to_string(format!("/sys/class/net/{device}/ifindex"))?
-            .trim()
-            .parse()
-            .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "the device's index is no number"))?;
+        let index = index(device)?;
         // SAFETY: socket(2) takes no pointers.
         let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
         if raw < 0 {
@@ -221,7 +218,6 @@ impl Machine for Dom0 {
     }
 }
 
-/// As the hotplug script does: a name without a directory is in /dev.
 /// What the storage says of the disk with this folder in sysfs.
 fn name(folder: &Path) -> Option<Name> {
     let text = |file: &str| fs::read_to_string(folder.join(file)).ok().map(|text| text.trim().to_owned());
@@ -240,6 +236,7 @@ fn name(folder: &Path) -> Option<Name> {
     })
 }
 
+/// As the hotplug script does: a name without a directory is in /dev.
 fn device_path(path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("/dev/{path}") }
 }
@@ -257,9 +254,6 @@ fn samples(disk: &fs::File, places: &[u64]) -> io::Result<Vec<Sample>> {
         })
         .collect()
 }
-
-/// `bridge` only exchanges a message with the kernel.
-const TEACH_LIMIT: Duration = Duration::from_secs(10);
 
 fn run(script: &Script, limit: Duration) -> Result<(), String> {
     let mut child = Command::new(&script.program)

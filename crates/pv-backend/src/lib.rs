@@ -30,6 +30,7 @@ pub mod drain;
 mod error;
 pub mod frozen;
 pub mod machine;
+mod netlink;
 pub mod records;
 pub mod source;
 pub mod store;

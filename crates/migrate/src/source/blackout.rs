@@ -1,5 +1,6 @@
 //! From the pause until everything is sent.
 
+use super::copying::LISTEN_EVERY;
 use super::records::Freeze;
 use super::{BATCH, Run};
 use crate::capture;
@@ -16,8 +17,6 @@ use std::time::{Duration, Instant};
 /// How long dom0 rests before the pause. Copying keeps dom0's CPU busy, and a guest that shares it waits for its turn and for its packets to
 /// be carried out. Paused then, it would have been silent for longer than its blackout.
 const BREATH: Duration = Duration::from_millis(20);
-/// How often it is looked meanwhile whether packets of the guest's have come.
-const LISTEN_EVERY: Duration = Duration::from_millis(2);
 
 impl Run {
     pub(super) fn freeze(&mut self) -> Result<()> {

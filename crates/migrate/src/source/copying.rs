@@ -16,6 +16,11 @@ use std::time::{Duration, Instant};
 /// How long the last round may take to arrive, and how often it is looked whether it has.
 const DRY_LIMIT: Duration = Duration::from_secs(1);
 const DRY_POLL: Duration = Duration::from_millis(1);
+/// So many times packets must have come from a guest that is awake, and so long that is waited for.
+const AWAKE: u32 = 2;
+const WAKE_LIMIT: Duration = Duration::from_millis(300);
+/// How often it is looked whether packets have come.
+pub(super) const LISTEN_EVERY: Duration = Duration::from_millis(2);
 
 impl Run {
     pub(super) fn precopy(&mut self) -> Result<()> {
@@ -34,6 +39,9 @@ impl Run {
             self.precopy.begin_round();
             self.send_pages(&todo)?;
             self.flush()?;
+            if self.precopy.round() > 0 {
+                self.let_guest_wake()?;
+            }
             let mut bitmap = self.bitmap()?;
             self.dirty_log.look(&*hv, dom, &mut bitmap)?;
             let judgement = self.precopy.end_round(bitmap.count());
@@ -69,6 +77,21 @@ impl Run {
                 }
             }
         }
+    }
+
+    /// Waits until a guest that sends packets has sent some more. It is slow for a while after pages were taken out of the log; paused then, or
+    /// slowed once more, it would not be heard for longer than the blackout.
+    fn let_guest_wake(&mut self) -> Result<()> {
+        let since = Instant::now();
+        let talks = self.ear.as_ref().is_some_and(|ear| ear.silent_for().is_some());
+        let mut heard = 0;
+        while talks && heard < AWAKE && since.elapsed() < WAKE_LIMIT {
+            thread::sleep(LISTEN_EVERY);
+            heard += u32::from(self.listen());
+            self.check()?;
+            self.look_at_size()?;
+        }
+        Ok(())
     }
 
     /// Waits until what was sent has arrived: what still waits for the network now would be waited for in the blackout, and its sending keeps
