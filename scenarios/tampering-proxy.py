@@ -3,7 +3,7 @@
 
 tampering-proxy.py PORT PEER version | flip OFFSET | cut OFFSET
 
-Serves one connection of the source on 127.0.0.1:PORT and ends. OFFSET counts what the source sends; what is said is also printed.
+Listens on 127.0.0.1:PORT. Only the first connection of the source is harmed. OFFSET counts what the source sends. Says what it does.
 """
 import socket
 import struct
@@ -64,23 +64,32 @@ def harm(source, peer, what, offset):
         sent += len(part)
 
 
-def main():
-    port, address, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    listener = socket.create_server(("127.0.0.1", port), reuse_port=True)
-    print("ready", flush=True)
-    source, _ = listener.accept()
-    listener.close()
+def serve(source, address, what, offset):
     peer = socket.create_connection((address, 8477))
     threading.Thread(target=pipe, args=(peer, source), daemon=True).start()
     try:
         if what == "version":
             other_version(source, peer)
+        elif what:
+            harm(source, peer, what, offset)
         else:
-            harm(source, peer, what, int(sys.argv[4]))
+            pipe(source, peer)
     except (EOFError, OSError):
         pass
     source.close()
     peer.close()
+
+
+def main():
+    port, address, what = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    offset = int(sys.argv[4]) if len(sys.argv) > 4 else 0
+    listener = socket.create_server(("127.0.0.1", port))
+    print("ready", flush=True)
+    while True:
+        source, _ = listener.accept()
+        threading.Thread(target=serve, args=(source, address, what, offset), daemon=True).start()
+        # Later ones bring the end of what the first one began.
+        what = None
 
 
 main()
