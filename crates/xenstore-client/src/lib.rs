@@ -184,7 +184,11 @@ impl Client {
                         lost = e;
                         continue 'connect;
                     }
-                    Err(e) => return Err(e),
+                    Err(e) => {
+                        // It has not all watches: the next request must not go on with it.
+                        self.io.give_up();
+                        return Err(e);
+                    }
                 }
             }
             for (watch, errno) in refused {
@@ -674,6 +678,39 @@ mod tests {
         );
         assert_eq!(client.next_event(Some(Duration::ZERO)).unwrap(), None, "once");
         assert_eq!(client.watches, [payload::join(["/two", "b"])]);
+    }
+
+    /// One that answers nonsense when watches are set again: the rest of them is set at the next connection.
+    #[test]
+    fn a_connection_without_all_watches_is_not_gone_on_with() {
+        let (_dir, path, listener) = daemon();
+        let mut client = Client::connect_within(&path, Duration::from_secs(20)).unwrap();
+        let (mut first, _) = listener.accept().unwrap();
+        let served = std::thread::spawn(move || {
+            answer(&mut first, Op::Watch, 1, b"OK\0");
+            answer(&mut first, Op::Watch, 2, b"OK\0");
+            drop(first);
+            let (mut second, _) = listener.accept().unwrap();
+            answer(&mut second, Op::Watch, 77, b"OK\0");
+            let (mut third, _) = listener.accept().unwrap();
+            let mut set = Vec::new();
+            for id in 6..8 {
+                let mut request = [0; 4096];
+                let n = std::io::Read::read(&mut third, &mut request).unwrap();
+                set.push(request[16..n].to_vec());
+                let reply = Message::new(Op::Watch.to_wire(), id, 0, b"OK\0".to_vec()).to_bytes();
+                std::io::Write::write_all(&mut third, &reply).unwrap();
+            }
+            answer(&mut third, Op::Read, 8, b"value");
+            (set, second, third)
+        });
+        client.watch("/one", "a").unwrap();
+        client.watch("/two", "b").unwrap();
+        let error = client.read("/x").unwrap_err();
+        assert!(matches!(error, Error::Protocol { .. }), "{error}");
+        assert_eq!(client.read("/x").unwrap(), b"value");
+        let (set, ..) = served.join().unwrap();
+        assert_eq!(set, [payload::join(["/one", "a"]), payload::join(["/two", "b"])]);
     }
 
     /// Without a limit for its requests too: a daemon that is stopped takes no connection, and one that is killed is not back for ever.

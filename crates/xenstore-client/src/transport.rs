@@ -84,6 +84,14 @@ impl Transport {
         .map_err(Error::Io)
     }
 
+    /// Nothing more is sent or received: a socket says from now on that it is broken.
+    pub(crate) fn give_up(&self) {
+        if let Transport::Socket(s) = self {
+            // One that is not connected any more is given up already.
+            let _ = s.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
     /// Blocks until there is something. The end of the stream is an error.
     pub(crate) fn receive(&mut self, buf: &mut [u8]) -> Result<usize> {
         loop {
