@@ -17,7 +17,7 @@ pub struct Options {
     #[arg(long, value_name = "POINT")]
     step: Option<String>,
     /// Only this kind of fault
-    #[arg(long, value_parser = ["cut", "fail", "crash"])]
+    #[arg(long, value_parser = ["cut", "fail", "crash", "panic"])]
     kind: Option<String>,
     /// Only tell what would be run
     #[arg(long)]
