@@ -250,6 +250,28 @@ pub fn check_journal(
     faults
 }
 
+/// A `read` for [`check_journal`] that asks for whole chunks of so many bytes, each once as long as the offsets go up.
+pub fn in_chunks(
+    bytes: usize,
+    mut read: impl FnMut(u64, &mut [u8]) -> std::io::Result<()>,
+) -> impl FnMut(u64, &mut [u8]) -> std::io::Result<()> {
+    let mut chunk = vec![0; bytes];
+    let mut here = None;
+    move |at, buf| {
+        let start = at - at % bytes as u64;
+        if here.replace(start) != Some(start)
+            && let Err(error) = read(start, &mut chunk)
+        {
+            here = None;
+            return Err(error);
+        }
+        let from = (at - start) as usize;
+        let wanted = chunk.get(from..from + buf.len()).ok_or(std::io::ErrorKind::InvalidInput)?;
+        buf.copy_from_slice(wanted);
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -266,6 +288,33 @@ mod tests {
             disk[at..at + SECTOR].copy_from_slice(&record(i).encode().0);
         }
         disk
+    }
+
+    #[test]
+    fn chunks_find_what_sectors_find_and_are_read_once() {
+        let mut disk = disk_with(1000);
+        let lost = journal_offset(300) as usize;
+        disk[lost..lost + SECTOR].fill(0);
+        let mut reads = Vec::new();
+        let bad = journal_offset(513);
+        let read = in_chunks(64 << 10, |at, chunk: &mut [u8]| {
+            reads.push(at);
+            if at == bad {
+                return Err(std::io::Error::other("bad"));
+            }
+            chunk.copy_from_slice(&disk[at as usize..at as usize + chunk.len()]);
+            Ok(())
+        });
+        let faults = check_journal(5, 600, |_| None, read);
+        assert!(matches!(faults[0], JournalFault::Lost { record: 300, .. }), "{faults:?}");
+        let unread = |fault: &&JournalFault| matches!(fault, JournalFault::Read { record, .. } if *record >= 513);
+        assert_eq!(
+            faults.iter().filter(unread).count(),
+            31,
+            "each record of a chunk that can't be read, up to the limit"
+        );
+        assert_eq!(reads[..4], [1 << 20, (1 << 20) + (64 << 10), (1 << 20) + (128 << 10), (1 << 20) + (192 << 10)]);
+        assert_eq!(reads[4..], [bad; 31]);
     }
 
     fn check(disk: &[u8], acknowledged: u64) -> Vec<JournalFault> {
