@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only
  *
- * What the extension must know of Xen's own structures. `cargo xtask extension offsets` appends this file to Xen's
+ * What the extension must know of Xen's own structures. `cargo xtask extension-table` appends this file to Xen's
  * arch/x86/x86_64/asm-offsets.c, lets Xen's own makefiles compile it to assembly with Xen's own flags, and picks the
  * FERRY lines out of it: the values are those of the very build whose configuration lies beside the source.
  */

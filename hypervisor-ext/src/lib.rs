@@ -9,19 +9,19 @@
 
 /// The ABI, the same file that the tools use.
 #[path = "../../crates/xen-abi/src/ext.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the tools use the rest")]
 mod abi;
 mod clock;
 mod get;
 mod patch;
 mod request;
 mod set;
-#[allow(dead_code)]
+#[allow(dead_code, reason = "a table for all that a build of Xen may need")]
 mod table {
-    //! Offsets and bytes of the Xen build that this payload is for, written by `cargo xtask extension offsets`.
+    //! Offsets and bytes of the Xen build that this payload is for, written by `cargo xtask extension-table`.
     include!(env!("FERRY_XEN_TABLE"));
 }
-#[allow(dead_code)]
+#[allow(dead_code, reason = "error numbers are there as a set")]
 mod xen;
 
 /// Never called: code that could panic refers to core's panic functions, which are not in Xen, and the build's check refuses that.

@@ -28,7 +28,7 @@ pub enum Command {
     Resolve(commands::migrate::ResolveArgs),
     /// Run the daemon that moves guests out and takes them in, in the foreground
     Daemon(commands::daemon::Args),
-    /// Look at this host: what it has and lacks for moving guests
+    /// This host: what it has and lacks for moving guests; load and unload the hypervisor extension
     Host(commands::host::Args),
     /// Show a guest's whole state in the hypervisor, or compare two
     Inspect(commands::inspect::Args),
@@ -41,8 +41,8 @@ pub enum Command {
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
-  1  failed; a guest that was to be moved still runs where it was
+  1  failed; the message says where a guest that was to be moved is now, which mostly is where it was
   2  the command line is wrong
   3  refused before anything was touched; the message says why and what to do
-  4  given up or cancelled; the guest still runs where it was
+  4  a limit could not be kept, or it was cancelled; the guest is where it was
   5  the outcome is not known yet: see `ferry status`, and `ferry resolve` if a host is gone for good";

@@ -9,7 +9,7 @@ use crate::learned::Learned;
 use anyhow::{Context, Result, bail};
 use hypervisor::{DomId, Hypervisor};
 use migrate::command::NotDone;
-use migrate::destination::{Destinations, role_of};
+use migrate::destination::{Destinations, Incoming, role_of};
 use migrate::fault_points::Plant;
 use migrate::handshake::{DestinationState, SourceState};
 use migrate::host::{Fault, Faults, Host, NoFaults, Timeouts};
@@ -130,10 +130,7 @@ impl Daemon {
 
     /// Whether a migration has the domain in hand, so that its shutting down is nobody else's concern.
     fn is_busy(&self, dom: DomId) -> bool {
-        let leaving = |state: Option<SourceState>| {
-            !matches!(state, Some(SourceState::RolledBack | SourceState::Left | SourceState::Closed(_)))
-        };
-        self.outgoing().iter().any(|h| h.domid == dom && leaving(h.state()))
+        self.outgoing().iter().any(|h| h.domid == dom && undecided(h.state()))
             || self.destinations.list().iter().any(|i| i.domid == dom && i.state != DestinationState::Running)
     }
 
@@ -219,14 +216,15 @@ impl Daemon {
             Ok(Request::Migrate(request)) if request.dry_run => self.dry_run(&request, &mut out),
             Ok(Request::Migrate(request)) => self.migrate(&request, &mut out),
             Ok(Request::Status) => out.say(&Answer::Status { migrations: self.status() }),
-            Ok(Request::Cancel { which }) => {
-                let done = self.find_outgoing(&which).map(|handle| handle.cancel());
-                out.outcome(&which, done)
-            }
+            Ok(Request::Cancel { which }) => match (self.find_outgoing(&which), self.find_incoming(&which)) {
+                (Some(handle), _) => out.outcome(&which, Some(handle.cancel())),
+                (None, Some(incoming)) => out.failed(Exit::Refused, comes_in(&which, &incoming.from)),
+                (None, None) => out.outcome(&which, None),
+            },
             Ok(Request::Resolve { which, peer_fenced }) => {
                 let done = match self.find_outgoing(&which) {
                     Some(handle) => Some(handle.resolve(peer_fenced)),
-                    None => self.find_incoming(&which).map(|id| self.destinations.resolve(id, peer_fenced)),
+                    None => self.find_incoming(&which).map(|i| self.destinations.resolve(i.id, peer_fenced)),
                 };
                 out.outcome(&which, done)
             }
@@ -292,7 +290,7 @@ impl Daemon {
     }
 
     fn not_moving(&self, domid: DomId) -> migrate::Result<()> {
-        match self.outgoing().iter().find(|h| h.domid == domid && h.report().is_none()) {
+        match self.outgoing().iter().find(|h| h.domid == domid && h.report().is_none() && undecided(h.state())) {
             Some(other) => Err(Trouble::new(format!("it is being moved to {} already", other.peer))),
             None => Ok(()),
         }
@@ -371,12 +369,20 @@ impl Daemon {
         found.next_back().cloned()
     }
 
-    fn find_incoming(&self, which: &str) -> Option<Uuid> {
-        let list = self.destinations.list();
-        list.iter()
-            .find(|i| i.id.to_string() == which || i.name == which || i.domid.0.to_string() == which)
-            .map(|i| i.id)
+    fn find_incoming(&self, which: &str) -> Option<Incoming> {
+        let mut list = self.destinations.list().into_iter();
+        list.find(|i| i.id.to_string() == which || i.name == which || i.domid.0.to_string() == which)
     }
+}
+
+/// It is not known yet where the guest will be. Once it is, there may be nothing left but to tell a peer that does not answer, and a daemon
+/// that was started again in between has no report to give.
+fn undecided(state: Option<SourceState>) -> bool {
+    !matches!(state, Some(SourceState::RolledBack | SourceState::Left | SourceState::Closed(_)))
+}
+
+fn comes_in(which: &str, from: &str) -> String {
+    format!("{which} comes in from {from}: cancel it there; if that host is gone for good, `ferry resolve` here")
 }
 
 /// `"committed"`, or the key of `{"closed": …}`.
@@ -474,5 +480,18 @@ impl Faults for Planted {
             std::process::abort();
         }
         Some(fault)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use migrate::handshake::Outcome;
+
+    #[test]
+    fn a_guest_whose_place_is_known_can_move_though_its_old_peer_was_not_told() {
+        assert!([None, Some(SourceState::Copying), Some(SourceState::Committed)].into_iter().all(undecided));
+        let known = [SourceState::RolledBack, SourceState::Left, SourceState::Closed(Outcome::Stayed)];
+        assert!(!known.map(Some).into_iter().any(undecided));
     }
 }

@@ -7,11 +7,11 @@ use std::process::ExitCode;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
-    /// Failed; a guest that was to be moved still runs where it was.
+    /// Failed; the message says where a guest that was to be moved is now.
     Failed = 1,
     /// Refused before anything was touched.
     Refused = 3,
-    /// Given up or cancelled; the guest still runs where it was.
+    /// A limit could not be kept, or it was cancelled; the guest is where it was.
     GivenUp = 4,
     /// The outcome of a migration is not known yet.
     Unresolved = 5,

@@ -1,5 +1,7 @@
 //! What a host must have so that guests can be moved from it and to it, looked at without changing anything.
 
+use crate::config::{Config, Mode};
+use crate::control::{Answer, Client, Request};
 use crate::toolstack::STORE_ANSWERS;
 use hypervisor::{Hypervisor, HypervisorError};
 use serde::Serialize;
@@ -63,13 +65,69 @@ pub fn worst(findings: &[Finding]) -> Verdict {
 }
 
 /// Looks at all of it.
-pub fn check() -> Vec<Finding> {
+pub fn check(config: &Config) -> Vec<Finding> {
     let root = Path::new("/");
     let mut findings = xen(XenHost::open());
-    findings.push(xenstored());
+    findings.push(xenstored(root));
     findings.extend(backends(root));
     findings.push(domid_policy(root));
+    findings.push(transport(config));
+    findings.push(mode(config));
+    findings.push(ferryd(config));
     findings
+}
+
+fn transport(config: &Config) -> Finding {
+    if config.transport.insecure_tcp {
+        return Finding::bad(
+            "transport",
+            Verdict::Limited,
+            format!("plain TCP on {}, neither encrypted nor authenticated", config.listen()),
+            "only for a network that nobody else can reach",
+        );
+    }
+    Finding::bad(
+        "transport",
+        Verdict::Missing,
+        "none is enabled, so no guest can leave or come transparently",
+        "`insecure-tcp = true` under [transport] in the configuration, if a network of the hosts' own is there",
+    )
+}
+
+fn mode(config: &Config) -> Finding {
+    match config.mode {
+        Mode::Transparent => Finding::good("mode", "`ferry migrate` moves guests without their help"),
+        Mode::Cooperative => Finding::bad(
+            "mode",
+            Verdict::Limited,
+            "`ferry migrate` is stock `xl migrate`",
+            "`ferry migrate --mode transparent`, or `mode = \"transparent\"` in the configuration",
+        ),
+    }
+}
+
+fn ferryd(config: &Config) -> Finding {
+    let asked = Client::ask(&config.socket, &Request::Status).and_then(|mut client| client.answer());
+    match asked {
+        Ok(Some(Answer::Status { migrations })) if migrations.is_empty() => {
+            Finding::good("ferryd", "runs; no migration is under way")
+        }
+        Ok(Some(Answer::Status { migrations })) => {
+            Finding::good("ferryd", format!("runs; {} migrations in `ferry status`", migrations.len()))
+        }
+        Ok(_) => Finding::bad(
+            "ferryd",
+            Verdict::Missing,
+            "it gave no status",
+            "look into its log; is it of this program's version?",
+        ),
+        Err(error) => Finding::bad(
+            "ferryd",
+            Verdict::Missing,
+            format!("{error:#}"),
+            "start it: `ferry daemon`; guests leave and come through it",
+        ),
+    }
 }
 
 fn xen(host: Result<XenHost, HypervisorError>) -> Vec<Finding> {
@@ -155,14 +213,31 @@ fn xen_findings(info: &hypervisor::HostInfo, proven: bool) -> Vec<Finding> {
     vec![version, cpu, memory, extension]
 }
 
-fn xenstored() -> Finding {
+/// Whether a program of that name runs, by `/proc/PID/comm`.
+fn runs(root: &Path, name: &str) -> bool {
+    let processes = fs::read_dir(root.join("proc")).into_iter().flatten().flatten();
+    processes.into_iter().any(|p| fs::read_to_string(p.path().join("comm")).is_ok_and(|comm| comm.trim() == name))
+}
+
+fn xenstored(root: &Path) -> Finding {
     let features = xenstore_client::Client::open_within(STORE_ANSWERS).and_then(|mut c| c.ferry_features());
+    xenstored_finding(features, runs(root, "oxenstored"))
+}
+
+fn xenstored_finding(features: xenstore_client::Result<Vec<String>>, oxenstored: bool) -> Finding {
     match features {
+        Ok(f) if f.is_empty() && oxenstored => Finding::bad(
+            "xenstored",
+            Verdict::Missing,
+            "oxenstored, which cannot carry a guest's connection over",
+            "Ferry's can't take over from it while the host runs: set XENSTORED in /etc/default/xen to Ferry's xenstored or the stock C one, \
+             and start the host anew",
+        ),
         Ok(f) if f.is_empty() => Finding::bad(
             "xenstored",
             Verdict::Missing,
             "the stock daemon, which cannot carry a guest's connection over",
-            "let Ferry's xenstored take over from it; see docs/xenstored.md",
+            "let Ferry's take over from it: `xenstore-control live-update -t 60 PATH`, PATH being Ferry's xenstored on this host",
         ),
         Ok(f) => Finding::good("xenstored", format!("Ferry's, with {}", f.join(", "))),
         Err(e) => {
@@ -258,6 +333,40 @@ mod tests {
         assert!(bad.iter().filter(|f| f.verdict != Verdict::Good).all(|f| f.advice.is_some()));
         let old = HostInfo { extension: Some(ExtensionInfo { abi_version: 99 }), ..info() };
         assert_eq!(verdict(&xen_findings(&old, true), "extension"), Verdict::Missing);
+    }
+
+    #[test]
+    fn the_configuration_and_the_daemon_are_looked_at() {
+        let root = tempfile::tempdir().unwrap();
+        let mut config = Config { socket: root.path().join("sock"), ..Config::default() };
+        let look = |config: &Config| [transport(config), mode(config), ferryd(config)].map(|f| f.verdict);
+        assert_eq!(look(&config), [Verdict::Missing, Verdict::Limited, Verdict::Missing]);
+        config.transport.insecure_tcp = true;
+        config.mode = Mode::Transparent;
+        let listener = std::os::unix::net::UnixListener::bind(&config.socket).unwrap();
+        let daemon = std::thread::spawn(move || {
+            use std::io::{BufRead, Write};
+            let (mut stream, _) = listener.accept().unwrap();
+            std::io::BufReader::new(stream.try_clone().unwrap()).read_line(&mut String::new()).unwrap();
+            let answer = serde_json::to_string(&Answer::Status { migrations: Vec::new() }).unwrap();
+            writeln!(stream, "{answer}").unwrap();
+        });
+        assert_eq!(look(&config), [Verdict::Limited, Verdict::Good, Verdict::Good]);
+        daemon.join().unwrap();
+    }
+
+    #[test]
+    fn nobody_is_told_to_take_over_from_oxenstored() {
+        let root = tempfile::tempdir().unwrap();
+        for (pid, comm) in [("1", "init"), ("70", "oxenstored")] {
+            fs::create_dir_all(root.path().join("proc").join(pid)).unwrap();
+            fs::write(root.path().join("proc").join(pid).join("comm"), format!("{comm}\n")).unwrap();
+        }
+        assert!(runs(root.path(), "oxenstored") && !runs(root.path(), "xenstored"));
+        let advice = |oxenstored| xenstored_finding(Ok(Vec::new()), oxenstored).advice.unwrap();
+        assert!(!advice(true).contains("live-update"), "{}", advice(true));
+        assert!(advice(false).contains("live-update"), "{}", advice(false));
+        assert_eq!(xenstored_finding(Ok(vec!["freeze".into()]), false).verdict, Verdict::Good);
     }
 
     #[test]

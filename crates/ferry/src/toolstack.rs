@@ -142,9 +142,8 @@ impl Toolstack for ServiceDomain {
         self.alone(dom)?;
         let mut store = store()?;
         if store.ferry_features().doing("ask xenstored what it can do")?.is_empty() {
-            return Err(Trouble::new("this host's xenstored can't carry a guest's connection").todo(
-                "let Ferry's take over: `xenstore-control live-update -f /usr/sbin/ferry-xenstored`; `ferry host check` tells more",
-            ));
+            return Err(Trouble::new("this host's xenstored can't carry a guest's connection")
+                .todo("let Ferry's take over; `ferry host check` tells how"));
         }
         let info = self.hypervisor.domain_info(dom)?;
         let home = format!("/local/domain/{dom}");
@@ -317,8 +316,8 @@ impl Toolstack for ServiceDomain {
         match store.ferry_features() {
             Ok(features) if !features.is_empty() => {}
             Ok(_) => why.push(
-                "the destination's xenstored can't carry a guest's connection; let Ferry's take over \
-                 (`xenstore-control live-update -f /usr/sbin/ferry-xenstored` there)"
+                "the destination's xenstored can't carry a guest's connection; let Ferry's take over there \
+                 (`ferry host check` tells how)"
                     .into(),
             ),
             Err(error) => why.push(format!("the destination's xenstored: {error}")),

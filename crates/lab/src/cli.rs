@@ -44,9 +44,9 @@ struct Common {
     /// Wait this many seconds if another lab runs.
     #[arg(long, value_name = "SECONDS")]
     wait: Option<u64>,
-    /// End everything after this many seconds.
-    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
-    time_limit: u64,
+    /// End everything after this many seconds; a scenario's own limit, or half an hour, if it is not given.
+    #[arg(long, value_name = "SECONDS")]
+    time_limit: Option<u64>,
 }
 
 impl Common {
@@ -54,8 +54,8 @@ impl Common {
         self.wait.map(Duration::from_secs)
     }
 
-    fn time_limit(&self) -> Duration {
-        Duration::from_secs(self.time_limit)
+    fn time_limit(&self) -> Option<Duration> {
+        self.time_limit.map(Duration::from_secs)
     }
 }
 

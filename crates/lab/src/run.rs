@@ -51,7 +51,7 @@ pub struct Options {
     /// How long to wait for another lab's end.
     pub wait: Option<Duration>,
     /// The run is ended after this long, or after the scenario's own limit if that is shorter.
-    pub time_limit: Duration,
+    pub time_limit: Option<Duration>,
 }
 
 /// Reads a scenario.
@@ -63,7 +63,8 @@ pub fn load(file: &Path) -> Result<Scenario> {
 /// Runs a scenario. An error means that it could not be run; a run that failed is a report.
 pub fn run(options: &Options) -> Result<(Scenario, RunReport)> {
     let scenario = load(&options.scenario)?;
-    process::end_cleanly(Some(scenario.time_limit.0.min(options.time_limit)))?;
+    let limit = scenario.time_limit.0;
+    process::end_cleanly(Some(options.time_limit.map_or(limit, |given| limit.min(given))))?;
     need_room(&scenario, options)?;
     let assets = Assets::prepare()?;
     let _lock = Lock::take(options.wait)?;

@@ -161,11 +161,6 @@ impl Decoder {
         }
     }
 
-    /// The END record has been given, and nothing came after it.
-    pub fn is_done(&self) -> bool {
-        self.state == State::Done && self.failed.is_none()
-    }
-
     /// Bytes consumed since the start of the stream.
     pub fn offset(&self) -> u64 {
         self.offset

@@ -259,14 +259,6 @@ impl Context {
             _ => None,
         })
     }
-
-    /// The CPU records, to be changed.
-    pub fn cpus_mut(&mut self) -> impl Iterator<Item = (u16, &mut Cpu)> {
-        self.entries.iter_mut().filter_map(|entry| match &mut entry.contents {
-            Contents::Cpu(cpu) => Some((entry.instance, &mut **cpu)),
-            _ => None,
-        })
-    }
 }
 
 #[cfg(test)]

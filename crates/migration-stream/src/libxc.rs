@@ -25,12 +25,9 @@ pub const PAGE_SHIFT: u16 = 12;
 pub const PAGE_SIZE: usize = 1 << PAGE_SHIFT;
 /// `REC_LENGTH_MAX`: longer records are refused by Xen's own tools too.
 pub const RECORD_MAX: u32 = 128 << 20;
-/// Pages that libxc puts into one PAGE_DATA record at most (`MAX_BATCH_SIZE`, xg_sr_common.h).
-pub const PAGES_PER_RECORD: usize = 1024;
 
 /// `REC_TYPE_*` of libxc.
 pub mod rec {
-    #![allow(missing_docs)]
     pub const END: u32 = 0;
     pub const PAGE_DATA: u32 = 1;
     pub const X86_PV_INFO: u32 = 2;
@@ -392,7 +389,6 @@ fn encode_array<T: Field>(items: &[T]) -> Vec<u8> {
 
 /// Which of the four vCPU records of a PV domain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs)]
 pub enum PvVcpuKind {
     Basic,
     Extended,

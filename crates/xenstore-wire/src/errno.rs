@@ -6,7 +6,7 @@ macro_rules! errnos {
     ($($name:ident = $num:literal, $text:literal;)*) => {
         /// An error as xenstored reports it.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        #[allow(clippy::upper_case_acronyms, missing_docs)]
+        #[allow(clippy::upper_case_acronyms, reason = "the protocol's own names")]
         pub enum Errno { $(#[doc = $text] $name),* }
 
         impl Errno {

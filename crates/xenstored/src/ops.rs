@@ -17,7 +17,7 @@ type Tx = Option<Transaction>;
 type InitialEvent = Option<(Vec<u8>, Rc<[u8]>)>;
 
 impl Store {
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments, reason = "what a request is made of")]
     pub(crate) fn dispatch(
         &mut self,
         c: &Caller,

@@ -38,7 +38,7 @@ impl Watch {
 
 /// All watches.
 #[derive(Debug, Default)]
-#[allow(clippy::len_without_is_empty)]
+#[allow(clippy::len_without_is_empty, reason = "nobody asks whether there are none")]
 pub struct Watches {
     all: BTreeMap<WatchId, Watch>,
     by_path: HashMap<Rc<[u8]>, Vec<WatchId>>,

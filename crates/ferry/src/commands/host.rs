@@ -1,5 +1,7 @@
 //! `ferry host`: the host that this runs on, and the extension of its hypervisor.
 
+use crate::commands::migrate::ConfigArg;
+use crate::config::Config;
 use crate::exit::{Exit, Failure};
 use crate::host_check::{Verdict, check, worst};
 use anyhow::{Result, bail};
@@ -21,6 +23,8 @@ enum Command {
         /// The findings as one JSON object
         #[arg(long)]
         json: bool,
+        #[command(flatten)]
+        config: ConfigArg,
     },
     /// Load the hypervisor extension; the guests run on and notice nothing
     Load {
@@ -36,7 +40,7 @@ const EXTENSIONS: &str = "/usr/lib/ferry/hypervisor-ext";
 
 pub fn run(args: Args) -> Result<()> {
     match args.command {
-        Command::Check { json } => run_check(json),
+        Command::Check { json, config } => run_check(json, &Config::read(&config.config)?),
         Command::Load { file } => load(file),
         Command::Unload => unload(),
     }
@@ -70,8 +74,8 @@ fn unload() -> Result<()> {
     Ok(())
 }
 
-fn run_check(json: bool) -> Result<()> {
-    let findings = check();
+fn run_check(json: bool, config: &Config) -> Result<()> {
+    let findings = check(config);
     let worst = worst(&findings);
     if json {
         println!("{}", json!({"verdict": worst, "findings": findings}));

@@ -61,7 +61,7 @@ pub fn run(args: Args) -> Result<()> {
     }
 }
 
-/// Stock xl does it; its answer and exit code are passed on.
+/// Stock xl does it. What it prints is passed on; any failure of it is exit code 1.
 fn cooperative(args: &Args) -> Result<()> {
     if args.dry_run {
         return Err(refused("a cooperative migration has no dry run; give --mode transparent"));

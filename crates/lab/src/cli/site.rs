@@ -20,6 +20,8 @@ const SHARED: &str = "shared";
 const NAMES: [&str; 4] = ["a", "b", "c", "d"];
 /// How long a host may take to come up when others use the machine too.
 const BOOT: Duration = Duration::from_secs(300);
+/// How long hosts run if nobody says otherwise.
+const HALF_AN_HOUR: Duration = Duration::from_secs(1800);
 
 /// What the hosts are like.
 #[derive(Debug, Args)]
@@ -68,7 +70,7 @@ pub struct Site {
 /// Boots `count` hosts and waits until all take commands.
 pub fn boot(options: &SiteOptions, count: u8) -> Result<Site> {
     let mut files = options.put.iter().map(|put| file(put)).collect::<Result<Vec<_>>>()?;
-    process::end_cleanly(Some(options.common.time_limit()))?;
+    process::end_cleanly(Some(options.common.time_limit().unwrap_or(HALF_AN_HOUR)))?;
     let assets = Assets::prepare()?;
     let lock = Lock::take(options.common.wait())?;
     let scratch = Scratch::new()?;

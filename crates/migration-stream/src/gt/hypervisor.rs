@@ -413,7 +413,6 @@ wire_struct! {
 
 /// A GT record of the libxc layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[allow(missing_docs)]
 pub enum LibxcRecord {
     Domain(Domain),
     MemoryMap(Vec<MemoryRange>),

@@ -19,7 +19,6 @@ pub const VERSION: u16 = 1;
 
 /// The records, by layer and number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[allow(missing_docs)]
 pub enum Type {
     Domain,
     MemoryMap,

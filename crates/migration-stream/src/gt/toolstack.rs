@@ -279,7 +279,6 @@ impl Toolstack {
 
 /// A GT record of the libxl layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[allow(missing_docs)]
 pub enum LibxlRecord {
     Identity(Identity),
     Devices(Vec<Device>),

@@ -1,5 +1,5 @@
 //! A store on a host made of a table, driven request by request.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test uses a part of it")]
 
 use std::collections::{BTreeMap, HashMap};
 use xenstore_wire::{Errno, HEADER_LEN, Header, Message, Op, payload};

@@ -4,10 +4,10 @@
 //! mapped through /dev/mem: it lies in a region that the memory map calls reserved, which even a strict /dev/mem lets through.
 
 #[path = "../witness/boot.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the witness uses the rest")]
 mod boot;
 #[path = "../witness/xen.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, reason = "the witness uses the rest")]
 mod xen;
 
 use std::cell::RefCell;
