@@ -122,6 +122,8 @@ pub struct Daemon {
     due: Option<u64>,
     /// What goes into the journal next.
     batch: Vec<u8>,
+    /// Domains that had their turn while what came up was sent. Kept for its room only.
+    served: Vec<u16>,
 }
 
 impl Daemon {
@@ -264,6 +266,7 @@ impl Daemon {
             retry_journal: None,
             due: None,
             batch: Vec::new(),
+            served: Vec::new(),
         })
     }
 
@@ -603,8 +606,10 @@ impl Daemon {
         }
     }
 
-    /// Sends what came up, until nothing more does.
+    /// Sends what came up, until nothing more does. A domain has one turn; what comes up for it afterwards waits until the
+    /// others had theirs: one that fills its ring as fast as it is emptied would never let this end.
     fn serve_woken(&mut self) {
+        self.served.clear();
         loop {
             let woken = self.store.take_woken();
             if woken.is_empty() {
@@ -613,7 +618,11 @@ impl Daemon {
             for id in woken {
                 match self.store.connection(id).map(|c| c.peer) {
                     Some(Peer::Socket) => self.flush(id),
-                    Some(Peer::Domain(d)) => self.serve_ring(d),
+                    Some(Peer::Domain(d)) if self.served.contains(&d) => drop(self.machine.ready.insert(d)),
+                    Some(Peer::Domain(d)) => {
+                        self.served.push(d);
+                        self.serve_ring(d);
+                    }
                     None => {}
                 }
             }
@@ -657,6 +666,8 @@ impl Daemon {
             }
         }
         self.buf = buf;
+        // Whatever it was woken for, it had its turn.
+        self.store.unwake(id);
         if moved {
             self.machine.notify(port);
         }

@@ -10,6 +10,8 @@ pub mod log;
 pub mod machine;
 pub mod process;
 pub mod ring;
+#[cfg(test)]
+mod ring_tests;
 pub mod xen;
 
 pub use devices::Devices;
