@@ -122,6 +122,8 @@ pub struct Daemon {
     due: Option<u64>,
     /// What goes into the journal next.
     batch: Vec<u8>,
+    /// What the next daemon is started with at a live update.
+    words: Vec<OsString>,
     /// Domains that had their turn while what came up was sent. Kept for its room only.
     served: Vec<u16>,
 }
@@ -235,6 +237,12 @@ impl Daemon {
         Ok(d)
     }
 
+    /// The words of a command line that the next daemon is started with at a live update, if whoever asks for it gives none.
+    #[must_use]
+    pub fn handing_on(self, words: Vec<OsString>) -> Daemon {
+        Daemon { words, ..self }
+    }
+
     fn assemble(
         store: Store,
         machine: Machine,
@@ -266,6 +274,7 @@ impl Daemon {
             retry_journal: None,
             due: None,
             batch: Vec::new(),
+            words: Vec::new(),
             served: Vec::new(),
         })
     }
@@ -763,7 +772,7 @@ impl Daemon {
                 .filter(|w| !w.is_empty())
                 .map(|w| OsStr::from_bytes(w).to_owned())
                 .collect(),
-            None => std::env::args_os().skip(1).collect(),
+            None => self.words.clone(),
         };
         if !args.iter().any(|a| a == "-U" || a == "--live-update") {
             args.push("-U".into());

@@ -1,5 +1,6 @@
 //! The daemon: one thread, one loop, over [`crate::store::Store`].
 
+mod args;
 pub mod devices;
 mod events;
 pub mod journal;
@@ -14,6 +15,7 @@ pub mod ring;
 mod ring_tests;
 pub mod xen;
 
+pub use args::Args;
 pub use devices::Devices;
 pub use events::{Daemon, JournalPlace};
 
