@@ -656,6 +656,10 @@ impl Daemon {
 
     fn serve_ring(&mut self, domid: u16) {
         let Some((_, id, port)) = self.store.connected_domains().find(|d| d.0 == domid) else { return };
+        // Its indexes would be found broken at each event that it raises.
+        if self.store.connection(id).is_none_or(|c| c.ignored) {
+            return;
+        }
         let mut buf = std::mem::take(&mut self.buf);
         let (mut moved, mut more) = (false, false);
         for _ in 0..RING_BUDGET {

@@ -47,3 +47,20 @@ fn a_guest_that_keeps_its_ring_filled_leaves_others_their_turns() {
         h.raise();
     }
 }
+
+#[test]
+fn a_guest_whose_indexes_cannot_be_costs_nothing_once_it_is_ignored() {
+    let mut h = Host::new(Vec::new());
+    h.introduce(1);
+    // How far the journal counts.
+    let committed = |h: &Host| std::fs::read(h.dir.path().join("journal")).unwrap()[72..80].to_vec();
+    h.guests[&1].page.word(REQ_PROD).store(5 * RING_SIZE as u32, Ordering::SeqCst);
+    h.turn();
+    let once = committed(&h);
+    h.outside.borrow_mut().notified.clear();
+    for _ in 0..100 {
+        h.turn();
+    }
+    assert_eq!(committed(&h), once, "the journal grows");
+    assert_eq!(h.outside.borrow().notified, [0u16; 0]);
+}
