@@ -11,8 +11,14 @@ fn text(m: &Message) -> String {
 }
 
 fn live_update(tool: &mut Connection<'_>, program: &Path) {
-    let program = program.to_str().unwrap();
-    for args in [vec!["live-update", "-f", program], vec!["live-update", "-s", "-t", "5"]] {
+    live_update_with(tool, program, None);
+}
+
+fn live_update_with(tool: &mut Connection<'_>, program: &Path, words: Option<&str>) {
+    let program = ["live-update", "-f", program.to_str().unwrap()];
+    let words = words.map(|w| ["live-update", "-c", w]);
+    for args in [Some(&program[..]), words.as_ref().map(|w| &w[..]), Some(&["live-update", "-s", "-t", "5"])] {
+        let Some(args) = args else { continue };
         let (m, _) = tool.call(Op::Control, 0, &payload::join(args)).unwrap();
         assert_eq!(text(&m), "OK\0");
     }
@@ -94,4 +100,23 @@ fn nobody_notices_who_serves_the_store() {
     let wait = std::time::Duration::from_secs(5);
     let m = other.receive(wait).unwrap().expect("the domain's end");
     assert_eq!(text(&m), "@releaseDomain\0rel\0");
+}
+
+#[test]
+fn options_of_ours_do_not_end_the_stock_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let programs = Programs::prepare(dir.path()).unwrap();
+    let xen = FakeXen::create(&dir.path().join("xen")).unwrap();
+    let ours = Path::new(env!("CARGO_BIN_EXE_xenstored-on-files"));
+    let daemon = programs.start_stock(&xen, &dir.path().join("run"), &[]).unwrap();
+    let mut tool = Connection::socket(daemon.socket()).unwrap();
+    tool.call(Op::Write, 0, b"/kept\0value").unwrap();
+    let state = dir.path().join("state");
+    let words = format!("--state-dir {} -p 0 -I on -Q nodes=900 -Q memory=4000000000", state.display());
+    live_update_with(&mut tool, ours, Some(&words));
+    live_update(&mut tool, ours);
+    assert!(state.join("journal").exists(), "a word was lost on the way to one of ours");
+    live_update(&mut tool, &programs.stock_path());
+    let (m, _) = tool.call(Op::Read, 0, b"/kept\0").expect("the stock daemon gave up");
+    assert_eq!(text(&m), "value");
 }

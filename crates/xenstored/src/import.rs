@@ -568,8 +568,12 @@ impl Store {
     }
 
     /// Makes or replaces a node as it is given; its children stay. It becomes the last of its parent's children, so that
-    /// nodes put one after the other stand in that order.
+    /// nodes put one after the other stand in that order. Nothing happens without a parent: a journal that had such a node could
+    /// not be read back.
     fn put_node(&mut self, p: &[u8], perms: PermList, value: &[u8]) {
+        if p != b"/" && self.tree.get(path::parent(p)).is_none() {
+            return;
+        }
         self.generation += 1;
         let now = self.generation;
         if let Some(n) = self.tree.get(p) {
@@ -620,12 +624,12 @@ impl Store {
         let Some(Import { applied: Some(a), .. }) = self.imports.remove(&domid) else { return };
         self.redo.import_gone(domid);
         for (p, was) in a.undo.into_iter().rev() {
+            // What somebody removed since stays away.
+            if self.tree.get(&p).is_none() {
+                continue;
+            }
             match was {
-                None => {
-                    if self.tree.get(&p).is_some() {
-                        self.remove_node(None, &p, a.notify, host);
-                    }
-                }
+                None => self.remove_node(None, &p, a.notify, host),
                 Some(n) => {
                     self.put_node(&p, n.perms.clone(), &n.value);
                     if a.notify {

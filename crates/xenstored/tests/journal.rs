@@ -3,7 +3,7 @@
 mod common;
 use common::World;
 use proptest::prelude::*;
-use xenstore_wire::{Op, payload};
+use xenstore_wire::{Errno, Op, payload};
 use xenstored::{DomainState, Moved, Options, Recovered, RingStep, Store};
 
 /// A journal in memory.
@@ -114,6 +114,37 @@ fn an_import_outlives_the_daemon_whether_it_is_attached_or_taken_back() {
         assert_eq!(w.commit(g, 1), Ok("OK\0".into()), "{kills:b}");
         assert_eq!(w.read(g, "data/a"), Ok("in it".into()));
         w.check();
+    }
+}
+
+/// An import whose nodes somebody removed before it was taken back: none of them comes again, and the journal can be read.
+#[test]
+fn an_import_whose_tree_was_removed_is_taken_back() {
+    let stream = exported();
+    for gone in [true, false] {
+        let mut w = World::new(Options::default());
+        w.host.domains.insert(5, DomainState::default());
+        let t = w.tool();
+        w.write(t, "/local/domain/5/data/a", "of before").unwrap();
+        let usage = w.store.usage(0).map(|u| (u.0, u.3));
+        let mut j = Journal::begin(&mut w.store);
+        w.raw(t, Op::DomainImportData, 0, &[&b"5\x000\0"[..], &stream].concat()).unwrap();
+        w.ok(t, Op::DomainImport, &["5", &stream.len().to_string(), "nobody"]);
+        w.ok(t, Op::Rm, &["/local/domain/5"]);
+        if gone {
+            w.host.domains.remove(&5);
+            w.store.check_domains(&mut w.host);
+        } else {
+            w.ok(t, Op::DomainImportAbort, &["5"]);
+        }
+        j.commit(&mut w.store);
+        w.check();
+        assert_eq!(w.read(t, "/local/domain/5"), Err(Errno::ENOENT), "{gone}");
+        let before = nodes(&w.store);
+        let t = kill(&mut w, &j);
+        assert_eq!(nodes(&w.store), before, "{gone}");
+        w.write(t, "/local/domain/5/data/a", "of before").unwrap();
+        assert_eq!(w.store.usage(0).map(|u| (u.0, u.3)), usage, "{gone}");
     }
 }
 

@@ -122,6 +122,10 @@ pub struct Daemon {
     due: Option<u64>,
     /// What goes into the journal next.
     batch: Vec<u8>,
+    /// What the next daemon is started with at a live update.
+    words: Vec<OsString>,
+    /// Domains that had their turn while what came up was sent. Kept for its room only.
+    served: Vec<u16>,
 }
 
 impl Daemon {
@@ -233,6 +237,12 @@ impl Daemon {
         Ok(d)
     }
 
+    /// The words of a command line that the next daemon is started with at a live update, if whoever asks for it gives none.
+    #[must_use]
+    pub fn handing_on(self, words: Vec<OsString>) -> Daemon {
+        Daemon { words, ..self }
+    }
+
     fn assemble(
         store: Store,
         machine: Machine,
@@ -264,6 +274,8 @@ impl Daemon {
             retry_journal: None,
             due: None,
             batch: Vec::new(),
+            words: Vec::new(),
+            served: Vec::new(),
         })
     }
 
@@ -603,8 +615,10 @@ impl Daemon {
         }
     }
 
-    /// Sends what came up, until nothing more does.
+    /// Sends what came up, until nothing more does. A domain has one turn; what comes up for it afterwards waits until the
+    /// others had theirs: one that fills its ring as fast as it is emptied would never let this end.
     fn serve_woken(&mut self) {
+        self.served.clear();
         loop {
             let woken = self.store.take_woken();
             if woken.is_empty() {
@@ -613,7 +627,11 @@ impl Daemon {
             for id in woken {
                 match self.store.connection(id).map(|c| c.peer) {
                     Some(Peer::Socket) => self.flush(id),
-                    Some(Peer::Domain(d)) => self.serve_ring(d),
+                    Some(Peer::Domain(d)) if self.served.contains(&d) => drop(self.machine.ready.insert(d)),
+                    Some(Peer::Domain(d)) => {
+                        self.served.push(d);
+                        self.serve_ring(d);
+                    }
                     None => {}
                 }
             }
@@ -638,6 +656,10 @@ impl Daemon {
 
     fn serve_ring(&mut self, domid: u16) {
         let Some((_, id, port)) = self.store.connected_domains().find(|d| d.0 == domid) else { return };
+        // Its indexes would be found broken at each event that it raises.
+        if self.store.connection(id).is_none_or(|c| c.ignored) {
+            return;
+        }
         let mut buf = std::mem::take(&mut self.buf);
         let (mut moved, mut more) = (false, false);
         for _ in 0..RING_BUDGET {
@@ -657,6 +679,8 @@ impl Daemon {
             }
         }
         self.buf = buf;
+        // Whatever it was woken for, it had its turn.
+        self.store.unwake(id);
         if moved {
             self.machine.notify(port);
         }
@@ -752,7 +776,7 @@ impl Daemon {
                 .filter(|w| !w.is_empty())
                 .map(|w| OsStr::from_bytes(w).to_owned())
                 .collect(),
-            None => std::env::args_os().skip(1).collect(),
+            None => self.words.clone(),
         };
         if !args.iter().any(|a| a == "-U" || a == "--live-update") {
             args.push("-U".into());

@@ -25,13 +25,15 @@ use xenstore_wire::{HEADER_LEN, Header, Message, Op, payload};
 
 /// What outlives the daemon.
 #[derive(Debug)]
-struct Outside {
+pub(super) struct Outside {
     events: OwnedFd,
     pages: BTreeMap<u16, OwnedFd>,
     domains: BTreeMap<u16, DomainState>,
     exception: bool,
     /// Domains that were notified.
-    notified: Vec<u16>,
+    pub(super) notified: Vec<u16>,
+    /// What guests with processors of their own do as soon as they are notified.
+    pub(super) busy: Option<fn(u16, &RingPage)>,
     next_port: u32,
     /// Domains' ports that a daemon is bound to, and its own.
     bound: BTreeMap<u32, (u16, u32)>,
@@ -103,6 +105,9 @@ impl Devices for Board {
         let mut o = self.outside.borrow_mut();
         if let Some(&(domid, _)) = o.bound.get(&port) {
             o.notified.push(domid);
+            if let (Some(busy), Some(page)) = (o.busy, self.rings.get(&domid)) {
+                busy(domid, page);
+            }
         }
     }
 
@@ -113,8 +118,8 @@ impl Devices for Board {
 
 /// A guest's side of its ring.
 #[derive(Debug)]
-struct Guest {
-    page: RingPage,
+pub(super) struct Guest {
+    pub(super) page: RingPage,
     unsent: Vec<u8>,
     received: Vec<u8>,
     deaf: bool,
@@ -147,11 +152,11 @@ impl Guest {
 }
 
 /// A host: its daemon, which may be dead, and its guests.
-struct Host {
-    dir: tempfile::TempDir,
+pub(super) struct Host {
+    pub(super) dir: tempfile::TempDir,
     log: Log,
-    outside: Rc<RefCell<Outside>>,
-    guests: BTreeMap<u16, Guest>,
+    pub(super) outside: Rc<RefCell<Outside>>,
+    pub(super) guests: BTreeMap<u16, Guest>,
     daemon: Option<Daemon>,
     /// How many points each next life lasts; then they are without end.
     lives: Vec<u64>,
@@ -183,7 +188,7 @@ fn words(domid: u16, mut bytes: &[u8]) -> Vec<String> {
 const GUESTS: [u16; 3] = [0, 1, 2];
 
 impl Host {
-    fn new(lives: Vec<u64>) -> Host {
+    pub(super) fn new(lives: Vec<u64>) -> Host {
         let events = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
         let outside = Outside {
             events,
@@ -191,6 +196,7 @@ impl Host {
             domains: BTreeMap::new(),
             exception: false,
             notified: Vec::new(),
+            busy: None,
             next_port: 0,
             bound: BTreeMap::new(),
         };
@@ -230,6 +236,11 @@ impl Host {
         rustix::io::write(&o.events, &1u64.to_ne_bytes()).unwrap();
     }
 
+    /// Something is to be looked at; what, the ports say.
+    pub(super) fn raise(&self) {
+        rustix::io::write(&self.outside.borrow().events, &1u64.to_ne_bytes()).unwrap();
+    }
+
     /// Notes what guests received; those that are deaf may have half a message.
     fn keep_transcript(&mut self) {
         self.transcript.push("--".into());
@@ -250,7 +261,7 @@ impl Host {
     }
 
     /// Lets the daemon (a new one if the last was killed) have its turn.
-    fn turn(&mut self) {
+    pub(super) fn turn(&mut self) {
         let mut daemon = self.daemon.take();
         let r = catch_unwind(AssertUnwindSafe(|| {
             let mut d = match daemon.take() {
@@ -273,7 +284,7 @@ impl Host {
     }
 
     /// Until nobody has anything to do.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         let mut last = Instant::now();
         let mut quiet = 0;
         while quiet < 2 {
@@ -303,13 +314,13 @@ impl Host {
         self.guests.iter().any(|(d, g)| !g.deaf && !g.all_taken() && served(d))
     }
 
-    fn send(&mut self, domid: u16, op: Op, tx: u32, body: &[u8]) {
+    pub(super) fn send(&mut self, domid: u16, op: Op, tx: u32, body: &[u8]) {
         if let Some(g) = self.guests.get_mut(&domid) {
             g.unsent.extend(Message::new(op.to_wire(), 7, tx, body.to_vec()).to_bytes());
         }
     }
 
-    fn introduce(&mut self, domid: u16) {
+    pub(super) fn introduce(&mut self, domid: u16) {
         // Its ring is emptied.
         if let Some(g) = self.guests.get_mut(&domid) {
             g.unsent.clear();

@@ -1,5 +1,6 @@
 //! The daemon: one thread, one loop, over [`crate::store::Store`].
 
+mod args;
 pub mod devices;
 mod events;
 pub mod journal;
@@ -10,8 +11,11 @@ pub mod log;
 pub mod machine;
 pub mod process;
 pub mod ring;
+#[cfg(test)]
+mod ring_tests;
 pub mod xen;
 
+pub use args::Args;
 pub use devices::Devices;
 pub use events::{Daemon, JournalPlace};
 
