@@ -12,7 +12,7 @@ use crate::live_update::buffered;
 use crate::node::{Name, Node, PermList, Tree, owner};
 use crate::quota::Quotas;
 use crate::redo::Redo;
-use crate::store::{Answer, Caller, ShownGeneration, Store, node_cost, ok, tx_cost};
+use crate::store::{Answer, Caller, ShownGeneration, Store, node_cost, ok};
 use crate::tx::{Accessed, Changed, NO_GENERATION, State, Transaction};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
@@ -280,10 +280,8 @@ pub(crate) fn restore_transactions(s: &mut Store, id: ConnId, txs: &TxRecords, s
             }
         }
         for (p, a) in &mut t.nodes {
-            if a.exists() {
-                a.charged = tx_cost(p, a.perms().map_or(0, |p| p.len()), a.value().len(), a.children_bytes());
-                t.charged += a.charged;
-            }
+            a.charged = a.cost(p);
+            t.charged += a.charged;
         }
         let _ = s.charge(domid, t.charged as i64, false);
         if let Some(c) = s.conns.get_mut(&id)

@@ -699,10 +699,7 @@ impl Recovery {
             for t in c.transactions.values_mut() {
                 t.charged = 0;
                 for (p, a) in &mut t.nodes {
-                    a.charged = match a.perms() {
-                        Some(perms) => crate::store::tx_cost(p, perms.len(), a.value().len(), a.children_bytes()),
-                        None => 0,
-                    };
+                    a.charged = a.cost(p);
                     t.charged += a.charged;
                 }
                 bytes += t.charged;

@@ -734,10 +734,13 @@ impl Store {
             let base = self.tree.get(path).cloned();
             let charged = match &base {
                 Some(b) => tx_cost(path, b.perms.len(), b.value.len(), b.children.bytes()),
-                None => 0,
+                None => tx_cost(path, 0, 0, 0),
             };
+            if self.charge(c.domid, charged as i64, true) == Err(Errno::ENOMEM) {
+                t.fail = true;
+                return Err(Errno::ENOMEM);
+            }
             t.charged += charged;
-            let _ = self.charge(c.domid, charged as i64, false);
             let key: Rc<[u8]> = Rc::from(path);
             t.order.push(key.clone());
             let generation = base.as_ref().map_or(NO_GENERATION, |b| b.generation);
