@@ -7,6 +7,7 @@
 
 use crate::conn::{ConnId, Connection, Export, Frozen};
 use crate::domain_ops::domid_arg;
+use crate::held::Held;
 use crate::host::Host;
 use crate::live_update::buffered;
 use crate::node::{Name, Node, PermList, Tree, owner};
@@ -333,7 +334,7 @@ impl Store {
         if c.frozen.is_some() {
             return Err(Errno::EBUSY);
         }
-        c.frozen = Some(Box::new(Frozen { snapshot, generation, held: Vec::new(), export: None }));
+        c.frozen = Some(Box::new(Frozen { snapshot, generation, held: Held::default(), export: None }));
         self.redo.freeze(domid, generation, None);
         info!(domid, "connection frozen");
         ok()
@@ -351,7 +352,9 @@ impl Store {
         let frozen = c.frozen.take().ok_or(Errno::EINVAL)?;
         self.redo.thaw(domid);
         let (mut sent, mut dropped) = (0, 0);
-        for e in &frozen.held {
+        // Each is accounted again as it is sent.
+        let _ = self.charge(domid, -(frozen.held.charged() as i64), false);
+        for e in frozen.held.iter() {
             if drop_below.iter().any(|p| path::is_child(&e.path, p)) {
                 dropped += 1;
             } else {

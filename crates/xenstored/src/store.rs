@@ -1,7 +1,8 @@
 //! The daemon's state, and what happens to it: no I/O in here. Whoever runs it feeds bytes of connections in and takes
 //! bytes out; the hypervisor is behind [`Host`].
 
-use crate::conn::{ConnId, Connection, HeldEvent, Outgoing, Peer, RequestId};
+use crate::conn::{ConnId, Connection, Outgoing, Peer, RequestId};
+use crate::held::HeldEvent;
 use crate::host::Host;
 use crate::import::Import;
 use crate::live_update::LiveUpdate;
@@ -992,15 +993,27 @@ impl Store {
         if let Some(f) = self.conns.get_mut(&id).and_then(|c| c.frozen.as_mut()) {
             let e = HeldEvent { path: Rc::from(path), watch: w };
             if !f.held.contains(&e) {
-                f.held.push(e);
-                if let Some(Peer::Domain(d)) = self.conns.get(&id).map(|c| c.peer) {
-                    self.redo.held(d, path, &watch.path, &watch.token);
-                }
+                self.hold(id, e);
             }
             return;
         }
         let (shown, token) = (watch.shown(path).to_vec(), watch.token.clone());
         self.queue_event(id, request, &shown, &token, now_ms);
+    }
+
+    /// Keeps an event for a frozen domain, unless its memory is used up: then it is lost, as it would be otherwise.
+    fn hold(&mut self, id: ConnId, e: HeldEvent) {
+        let Some(Peer::Domain(domid)) = self.conns.get(&id).map(|c| c.peer) else { return };
+        let Some(watch) = self.watches.get(e.watch) else { return };
+        let size = watch.event_size(&e.path);
+        if self.charge(domid, size as i64, true).is_err() {
+            return;
+        }
+        let Some(watch) = self.watches.get(e.watch) else { return };
+        self.redo.held(domid, &e.path, &watch.path, &watch.token);
+        if let Some(f) = self.conns.get_mut(&id).and_then(|c| c.frozen.as_mut()) {
+            f.held.push(e, size);
+        }
     }
 
     /// Tells watchers of `@introduceDomain` or `@releaseDomain`.

@@ -221,6 +221,36 @@ fn thaw_takes_the_domain_back_without_the_events_of_the_attempt() {
 }
 
 #[test]
+fn events_for_a_frozen_domain_count_against_its_memory() {
+    let (mut w, t, g) = source();
+    let other = w.guest(t, 6);
+    w.ok(t, Op::SetPerms, &["/local/domain/6", "b6"]);
+    w.ok(g, Op::Watch, &["/local/domain/6", "far"]);
+    w.events(g);
+    let before = w.store.usage(5).unwrap().3;
+    w.ok(t, Op::DomainFreeze, &["5"]);
+    let mut last = before;
+    for i in 0..50_000 {
+        let p = format!("/local/domain/6/{i}-{}", "x".repeat(200));
+        w.write(other, &p, "").unwrap();
+        w.ok(other, Op::Rm, &[&p]);
+        let now = w.store.usage(5).unwrap().3;
+        assert!(now < 2_621_440, "event {i}: {now} bytes");
+        if i > 0 && now == last {
+            break;
+        }
+        last = now;
+    }
+    let held = last - before;
+    assert!(held > 2_000_000, "{held} bytes are accounted");
+    w.ok(t, Op::DomainThaw, &["5"]);
+    let sent = w.events(g).len() as i64;
+    assert!((200..=300).contains(&(held / sent)), "{sent} events for {held} bytes");
+    assert_eq!(w.store.usage(5).unwrap().3, before, "all is given back");
+    w.check();
+}
+
+#[test]
 fn an_import_can_be_taken_back() {
     let (mut src, s, _) = source();
     let (mut dst, d) = destination();
