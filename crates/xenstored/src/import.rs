@@ -74,6 +74,26 @@ impl Import {
         Ok(Import { data: Vec::new(), applied: Some(applied) })
     }
 
+    /// A domain is gone: what is put back is as if it had been there then. Nodes of its own go to the heir, if there is one.
+    pub(crate) fn domain_gone(&mut self, domid: u16, heir: Option<u16>) {
+        let Some(a) = &mut self.applied else { return };
+        for (_, was) in &mut a.undo {
+            let Some(n) = was.as_mut().filter(|n| n.perms.iter().any(|p| p.domid == domid)) else { continue };
+            match heir {
+                None if n.owner() == domid => *was = None,
+                _ => {
+                    let settle = |(i, p): (usize, &Perm)| match (i, heir) {
+                        _ if p.domid != domid => *p,
+                        (0, Some(to)) => Perm { domid: to, ..*p },
+                        _ => Perm { stale: true, ..*p },
+                    };
+                    let perms = n.perms.iter().enumerate().map(settle).collect();
+                    Rc::make_mut(n).perms = perms;
+                }
+            }
+        }
+    }
+
     pub(crate) fn add_watch(&mut self, path: &[u8], token: &[u8], depth: Option<u16>) {
         if let Some(a) = &mut self.applied {
             a.watches.push(ImportedWatch { path: path.to_vec(), token: token.to_vec(), depth });
@@ -532,7 +552,12 @@ impl Store {
                 undo.push((m.clone(), None));
                 self.put_node(&m, self.inherited(&m), &[]);
             }
-            undo.push((n.path.clone(), self.tree.get(&n.path).cloned()));
+            let was = self.tree.get(&n.path).map(|was| {
+                // As old as they are now: what is put back is a new node.
+                let perms = self.settled(&was.perms, was.generation);
+                Rc::new(Node { perms, ..(**was).clone() })
+            });
+            undo.push((n.path.clone(), was));
             let mut perms = n.perms.clone();
             for q in &mut perms {
                 q.stale |= !self.know_domain(q.domid, host);

@@ -476,7 +476,10 @@ impl Recovery {
             Change::Special { release: false, perms } => self.store.introduce_perms = perms.into(),
             Change::Generation(n) => self.store.generation = n,
             Change::Known { domid, born } => self.store.domains.entry(domid).or_default().born = born,
-            Change::Forgotten { domid } => drop(self.store.domains.remove(&domid)),
+            Change::Forgotten { domid } => {
+                self.store.domain_gone_from_imports(domid);
+                self.store.domains.remove(&domid);
+            }
             Change::Introduced { domid, remote_port } => return self.introduce(domid, remote_port),
             Change::Gone { domid } => {
                 if let Some(id) = self.store.domain_connection(domid) {
@@ -486,7 +489,9 @@ impl Recovery {
                 self.input.remove(&domid);
                 self.late.remove(&domid);
                 self.store.domains.remove(&domid);
-                if domid == 0 {
+                if domid != 0 {
+                    self.store.domain_gone_from_imports(domid);
+                } else {
                     self.store.domains.insert(0, Domain::default());
                 }
             }

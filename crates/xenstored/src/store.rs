@@ -658,6 +658,14 @@ impl Store {
         }
     }
 
+    /// Imports that are not attached forget what a domain had that is gone.
+    pub(crate) fn domain_gone_from_imports(&mut self, domid: u16) {
+        let heir = self.options.keep_orphans.then_some(self.options.privileged_domid);
+        for i in self.imports.values_mut() {
+            i.domain_gone(domid, heir);
+        }
+    }
+
     pub(crate) fn count_node(&mut self, domid: u16, n: i64) {
         if let Some(d) = self.domains.get_mut(&domid) {
             d.nodes += n;

@@ -298,6 +298,40 @@ fn a_domain_that_dies_after_its_import_leaves_nothing() {
 }
 
 #[test]
+fn an_undone_import_gives_a_dead_domain_no_rights_again() {
+    let (mut src, s, _) = source();
+    src.ok(s, Op::DomainFreeze, &["5"]);
+    let stream = export(&mut src, s, 5, &PREFIXES).unwrap();
+    // Domain 7 dies before the import, or between it and its undoing.
+    for before in [true, false] {
+        let (mut dst, d) = destination();
+        dst.guest(d, 7);
+        dst.write(d, "/vm/uuid/name", "secret").unwrap();
+        dst.ok(d, Op::SetPerms, &["/vm/uuid/name", "n0", "r7"]);
+        dst.write(d, "/local/domain/5/data/a", "its own").unwrap();
+        dst.ok(d, Op::SetPerms, &["/local/domain/5/data/a", "n7"]);
+        let again = |dst: &mut World| {
+            dst.host.domains.remove(&7);
+            dst.store.check_domains(&mut dst.host);
+            dst.guest(d, 7)
+        };
+        if before {
+            again(&mut dst);
+        }
+        import(&mut dst, d, 5, &stream, "nobody").unwrap();
+        if !before {
+            again(&mut dst);
+        }
+        let g = dst.store.domain_connection(7).unwrap();
+        dst.ok(d, Op::DomainImportAbort, &["5"]);
+        assert_eq!(dst.read(d, "/vm/uuid/name"), Ok("secret".into()));
+        assert_eq!(dst.read(g, "/vm/uuid/name"), Err(Errno::EACCES), "before: {before}");
+        assert_eq!(dst.read(d, "/local/domain/5/data/a"), Err(Errno::ENOENT), "it would have gone with its owner");
+        dst.check();
+    }
+}
+
+#[test]
 fn who_may_watch_the_import_sees_it() {
     let (mut src, s, _) = source();
     src.ok(s, Op::DomainFreeze, &["5"]);
