@@ -11,7 +11,6 @@ use crate::held::Held;
 use crate::host::Host;
 use crate::live_update::buffered;
 use crate::node::{Name, Node, PermList, Tree, owner};
-use crate::quota::Quotas;
 use crate::redo::Redo;
 use crate::store::{Answer, Caller, ShownGeneration, Store, node_cost, ok};
 use crate::tx::{Accessed, Changed, NO_GENERATION, State, Transaction};
@@ -423,12 +422,7 @@ impl Store {
         let mut w = Writer::new(Format::V2);
         let (in_data, out_resp_len, out_data) = buffered(c);
         let spec = ConnSpec::Ring { domid, tdomid: c.target.unwrap_or(DOMID_INVALID), evtchn: d.port };
-        let quotas = match &d.quotas {
-            Some(q) => {
-                Quotas::NAMES.iter().filter_map(|(n, _)| Some((n.as_bytes().to_vec(), q.get(n.as_bytes())?))).collect()
-            }
-            None => Vec::new(),
-        };
+        let quotas = d.quotas.as_ref().map_or(Vec::new(), |q| q.named());
         let mut records = vec![
             Record::Connection { conn_id: c.id, spec, in_data, out_resp_len, out_data },
             Record::Domain { domid, features, quotas },

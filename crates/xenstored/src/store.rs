@@ -167,6 +167,8 @@ pub struct Store {
     pub(crate) requests: HashMap<RequestId, OpenRequest>,
     pub(crate) next_request: RequestId,
     pub(crate) options: Options,
+    /// Quotas of the command line; those of `options` may have been set since.
+    pub(crate) started_with: Quotas,
     pub(crate) release_perms: PermList,
     pub(crate) introduce_perms: PermList,
     pub(crate) limiter: Limiter,
@@ -213,6 +215,7 @@ impl Store {
             watches: Watches::default(),
             requests: HashMap::new(),
             next_request: 1,
+            started_with: options.quotas.clone(),
             options,
             release_perms: perms.clone(),
             introduce_perms: perms.clone(),
