@@ -1,5 +1,6 @@
 //! One client's connection: the request being put together, what waits to be sent, its watches and transactions.
 
+use crate::held::Held;
 use crate::node::Tree;
 use crate::tx::Transaction;
 use crate::watch::WatchId;
@@ -95,15 +96,6 @@ impl Outgoing {
     }
 }
 
-/// An event that came up while the connection was frozen.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeldEvent {
-    /// Absolute path of what changed.
-    pub path: Rc<[u8]>,
-    /// The watch.
-    pub watch: WatchId,
-}
-
 /// A stream that was made.
 #[derive(Debug)]
 pub struct Export {
@@ -120,8 +112,8 @@ pub struct Frozen {
     pub snapshot: Tree,
     /// Global generation at that moment.
     pub generation: u64,
-    /// Events since then, in order, without repetitions.
-    pub held: Vec<HeldEvent>,
+    /// Events since then.
+    pub held: Held,
     /// Stream made for the prefixes last asked for.
     pub export: Option<Export>,
 }

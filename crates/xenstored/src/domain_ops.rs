@@ -266,6 +266,7 @@ impl Store {
         if domid == 0 {
             return;
         }
+        self.domain_gone_from_imports(domid);
         // The root may have been given to the domain. It stays, or everybody's nodes would go with it.
         if self.tree.get(b"/").is_some_and(|root| root.owner() == domid) {
             self.orphan(b"/", domid);

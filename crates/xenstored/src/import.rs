@@ -7,12 +7,12 @@
 
 use crate::conn::{ConnId, Connection, Export, Frozen};
 use crate::domain_ops::domid_arg;
+use crate::held::Held;
 use crate::host::Host;
 use crate::live_update::buffered;
 use crate::node::{Name, Node, PermList, Tree, owner};
-use crate::quota::Quotas;
 use crate::redo::Redo;
-use crate::store::{Answer, Caller, ShownGeneration, Store, node_cost, ok, tx_cost};
+use crate::store::{Answer, Caller, ShownGeneration, Store, node_cost, ok};
 use crate::tx::{Accessed, Changed, NO_GENERATION, State, Transaction};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
@@ -71,6 +71,26 @@ impl Import {
         let mut applied = Applied::new(plan_import(domid, stream)?, notify);
         (applied.stream, applied.undo) = (stream.into(), undo);
         Ok(Import { data: Vec::new(), applied: Some(applied) })
+    }
+
+    /// A domain is gone: what is put back is as if it had been there then. Nodes of its own go to the heir, if there is one.
+    pub(crate) fn domain_gone(&mut self, domid: u16, heir: Option<u16>) {
+        let Some(a) = &mut self.applied else { return };
+        for (_, was) in &mut a.undo {
+            let Some(n) = was.as_mut().filter(|n| n.perms.iter().any(|p| p.domid == domid)) else { continue };
+            match heir {
+                None if n.owner() == domid => *was = None,
+                _ => {
+                    let settle = |(i, p): (usize, &Perm)| match (i, heir) {
+                        _ if p.domid != domid => *p,
+                        (0, Some(to)) => Perm { domid: to, ..*p },
+                        _ => Perm { stale: true, ..*p },
+                    };
+                    let perms = n.perms.iter().enumerate().map(settle).collect();
+                    Rc::make_mut(n).perms = perms;
+                }
+            }
+        }
     }
 
     pub(crate) fn add_watch(&mut self, path: &[u8], token: &[u8], depth: Option<u16>) {
@@ -280,10 +300,8 @@ pub(crate) fn restore_transactions(s: &mut Store, id: ConnId, txs: &TxRecords, s
             }
         }
         for (p, a) in &mut t.nodes {
-            if a.exists() {
-                a.charged = tx_cost(p, a.perms().map_or(0, |p| p.len()), a.value().len(), a.children_bytes());
-                t.charged += a.charged;
-            }
+            a.charged = a.cost(p);
+            t.charged += a.charged;
         }
         let _ = s.charge(domid, t.charged as i64, false);
         if let Some(c) = s.conns.get_mut(&id)
@@ -335,7 +353,7 @@ impl Store {
         if c.frozen.is_some() {
             return Err(Errno::EBUSY);
         }
-        c.frozen = Some(Box::new(Frozen { snapshot, generation, held: Vec::new(), export: None }));
+        c.frozen = Some(Box::new(Frozen { snapshot, generation, held: Held::default(), export: None }));
         self.redo.freeze(domid, generation, None);
         info!(domid, "connection frozen");
         ok()
@@ -353,7 +371,9 @@ impl Store {
         let frozen = c.frozen.take().ok_or(Errno::EINVAL)?;
         self.redo.thaw(domid);
         let (mut sent, mut dropped) = (0, 0);
-        for e in &frozen.held {
+        // Each is accounted again as it is sent.
+        let _ = self.charge(domid, -(frozen.held.charged() as i64), false);
+        for e in frozen.held.iter() {
             if drop_below.iter().any(|p| path::is_child(&e.path, p)) {
                 dropped += 1;
             } else {
@@ -402,12 +422,7 @@ impl Store {
         let mut w = Writer::new(Format::V2);
         let (in_data, out_resp_len, out_data) = buffered(c);
         let spec = ConnSpec::Ring { domid, tdomid: c.target.unwrap_or(DOMID_INVALID), evtchn: d.port };
-        let quotas = match &d.quotas {
-            Some(q) => {
-                Quotas::NAMES.iter().filter_map(|(n, _)| Some((n.as_bytes().to_vec(), q.get(n.as_bytes())?))).collect()
-            }
-            None => Vec::new(),
-        };
+        let quotas = d.quotas.as_ref().map_or(Vec::new(), |q| q.named());
         let mut records = vec![
             Record::Connection { conn_id: c.id, spec, in_data, out_resp_len, out_data },
             Record::Domain { domid, features, quotas },
@@ -531,7 +546,12 @@ impl Store {
                 undo.push((m.clone(), None));
                 self.put_node(&m, self.inherited(&m), &[]);
             }
-            undo.push((n.path.clone(), self.tree.get(&n.path).cloned()));
+            let was = self.tree.get(&n.path).map(|was| {
+                // As old as they are now: what is put back is a new node.
+                let perms = self.settled(&was.perms, was.generation);
+                Rc::new(Node { perms, ..(**was).clone() })
+            });
+            undo.push((n.path.clone(), was));
             let mut perms = n.perms.clone();
             for q in &mut perms {
                 q.stale |= !self.know_domain(q.domid, host);

@@ -289,6 +289,9 @@ impl Store {
             }
         });
         failed?;
+        for r in self.quota_records() {
+            w.record(&r)?;
+        }
         // A stock daemon takes every node record for a committed one: transactions' nodes go only to one of ours, in
         // records that a stock daemon skips.
         for c in self.conns.values() {
@@ -297,6 +300,19 @@ impl Store {
             }
         }
         Ok(w.finish())
+    }
+
+    /// Quotas that were set while the daemon ran; a stock daemon skips them. Those that were not are for the next one's command line
+    /// to say.
+    fn quota_records(&self) -> Vec<Record> {
+        let mut domain = self.options.quotas.named();
+        let of_start = self.started_with.named();
+        domain.retain(|q| !of_start.contains(q));
+        let global = (!domain.is_empty()).then(|| Record::GlobalQuota { domain, global: Vec::new() });
+        let own = self.domains.iter().filter_map(|(domid, d)| {
+            Some(Record::Domain { domid: *domid, features: 0, quotas: d.quotas.as_ref()?.named() })
+        });
+        global.into_iter().chain(own).collect()
     }
 
     pub(crate) fn node_record(&self, p: &[u8], n: &Node) -> Record {
@@ -407,9 +423,8 @@ impl Store {
                     for (name, v) in quotas {
                         q.set(&name, v);
                     }
-                    if let Some(d) = s.domains.get_mut(&domid) {
-                        d.quotas = Some(Box::new(q));
-                    }
+                    // One may be known by nothing else.
+                    s.domains.entry(domid).or_default().quotas = Some(Box::new(q));
                 }
                 Record::End => {}
             }

@@ -4,7 +4,7 @@ use crate::conn::Peer;
 use crate::host::Host;
 use crate::node::{Node, PermList, Value, owner};
 use crate::quota::node_size;
-use crate::store::{Answer, Caller, Found, Rights, Store, node_cost, ok, tx_cost};
+use crate::store::{Answer, Caller, Found, Rights, Store, node_cost, ok};
 use crate::tx::{Accessed, Changed, NO_GENERATION, State, Transaction};
 use crate::watch::Watch;
 use std::borrow::Cow;
@@ -289,7 +289,7 @@ impl Store {
         let r = if !c.privileged && a.exists() && size >= self.quotas(c.domid).node_size as usize {
             Err(Errno::ENOSPC)
         } else {
-            let new = if a.exists() { tx_cost(path, perms, a.value().len(), a.children_bytes()) } else { 0 };
+            let new = a.cost(path);
             let r = self.charge(c.domid, new as i64 - a.charged as i64, true).map_err(|_| Errno::EIO);
             if r.is_ok() {
                 t.charged = t.charged + new - a.charged;

@@ -31,6 +31,11 @@ macro_rules! quotas {
                 false
             }
 
+            /// All values by name.
+            pub fn named(&self) -> Vec<(Vec<u8>, u32)> {
+                vec![$(($name.into(), self.$field)),*]
+            }
+
             /// All values, in the order of the names.
             pub fn values(&self) -> Vec<u32> {
                 vec![$(self.$field),*]

@@ -3,7 +3,8 @@
 //! A journal is a snapshot, a batch with what the snapshot's format has no record for, and a batch for each step since.
 //! Sockets are not in it: they die with the process.
 
-use crate::conn::{ConnId, Frozen, HeldEvent, Outgoing, Peer};
+use crate::conn::{ConnId, Frozen, Outgoing, Peer};
+use crate::held::{Held, HeldEvent};
 use crate::import::Import;
 use crate::live_update::unprocessed;
 use crate::node::{Name, Node, PermList, Tree, owner};
@@ -187,7 +188,7 @@ impl Store {
                 let mut w = Writer::new(Format::V2);
                 self.write_tree(&f.snapshot, &mut w)?;
                 self.redo.freeze(domid, f.generation, Some(&w.finish()));
-                for e in &f.held {
+                for e in f.held.iter() {
                     if let Some(w) = self.watches.get(e.watch) {
                         self.redo.held(domid, &e.path, &w.path, &w.token);
                     }
@@ -475,7 +476,10 @@ impl Recovery {
             Change::Special { release: false, perms } => self.store.introduce_perms = perms.into(),
             Change::Generation(n) => self.store.generation = n,
             Change::Known { domid, born } => self.store.domains.entry(domid).or_default().born = born,
-            Change::Forgotten { domid } => drop(self.store.domains.remove(&domid)),
+            Change::Forgotten { domid } => {
+                self.store.domain_gone_from_imports(domid);
+                self.store.domains.remove(&domid);
+            }
             Change::Introduced { domid, remote_port } => return self.introduce(domid, remote_port),
             Change::Gone { domid } => {
                 if let Some(id) = self.store.domain_connection(domid) {
@@ -485,7 +489,9 @@ impl Recovery {
                 self.input.remove(&domid);
                 self.late.remove(&domid);
                 self.store.domains.remove(&domid);
-                if domid == 0 {
+                if domid != 0 {
+                    self.store.domain_gone_from_imports(domid);
+                } else {
                     self.store.domains.insert(0, Domain::default());
                 }
             }
@@ -550,7 +556,7 @@ impl Recovery {
                     None => self.store.tree.clone(),
                 };
                 self.conn(domid)?.frozen =
-                    Some(Box::new(Frozen { snapshot, generation, held: Vec::new(), export: None }));
+                    Some(Box::new(Frozen { snapshot, generation, held: Held::default(), export: None }));
             }
             Change::Thaw { domid } => {
                 self.conn(domid)?.frozen = None;
@@ -558,9 +564,10 @@ impl Recovery {
             }
             Change::Held { domid, path, watch, token } => {
                 let id = self.conn(domid)?.id;
-                let watch = self.store.watches.find(id, watch, token);
-                if let (Some(watch), Some(f)) = (watch, self.conn(domid)?.frozen.as_mut()) {
-                    f.held.push(HeldEvent { path: Rc::from(path), watch });
+                let Some(watch) = self.store.watches.find(id, watch, token) else { return Ok(()) };
+                let size = self.store.watches.get(watch).map_or(0, |w| w.event_size(path));
+                if let Some(f) = self.conn(domid)?.frozen.as_mut() {
+                    f.held.push(HeldEvent { path: Rc::from(path), watch }, size);
                 }
             }
             Change::In { domid, at, bytes } => {
@@ -696,13 +703,11 @@ impl Recovery {
             c.pending_events =
                 c.out.iter().filter(|m| m.event && m.body.first() != Some(&b'@')).map(|m| m.body.clone()).collect();
             let mut bytes: usize = c.out.iter().map(Outgoing::size).sum();
+            bytes += c.frozen.as_ref().map_or(0, |f| f.held.charged());
             for t in c.transactions.values_mut() {
                 t.charged = 0;
                 for (p, a) in &mut t.nodes {
-                    a.charged = match a.perms() {
-                        Some(perms) => crate::store::tx_cost(p, perms.len(), a.value().len(), a.children_bytes()),
-                        None => 0,
-                    };
+                    a.charged = a.cost(p);
                     t.charged += a.charged;
                 }
                 bytes += t.charged;

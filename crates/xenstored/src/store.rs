@@ -1,7 +1,8 @@
 //! The daemon's state, and what happens to it: no I/O in here. Whoever runs it feeds bytes of connections in and takes
 //! bytes out; the hypervisor is behind [`Host`].
 
-use crate::conn::{ConnId, Connection, HeldEvent, Outgoing, Peer, RequestId};
+use crate::conn::{ConnId, Connection, Outgoing, Peer, RequestId};
+use crate::held::HeldEvent;
 use crate::host::Host;
 use crate::import::Import;
 use crate::live_update::LiveUpdate;
@@ -166,6 +167,8 @@ pub struct Store {
     pub(crate) requests: HashMap<RequestId, OpenRequest>,
     pub(crate) next_request: RequestId,
     pub(crate) options: Options,
+    /// Quotas of the command line; those of `options` may have been set since.
+    pub(crate) started_with: Quotas,
     pub(crate) release_perms: PermList,
     pub(crate) introduce_perms: PermList,
     pub(crate) limiter: Limiter,
@@ -212,6 +215,7 @@ impl Store {
             watches: Watches::default(),
             requests: HashMap::new(),
             next_request: 1,
+            started_with: options.quotas.clone(),
             options,
             release_perms: perms.clone(),
             introduce_perms: perms.clone(),
@@ -657,6 +661,14 @@ impl Store {
         }
     }
 
+    /// Imports that are not attached forget what a domain had that is gone.
+    pub(crate) fn domain_gone_from_imports(&mut self, domid: u16) {
+        let heir = self.options.keep_orphans.then_some(self.options.privileged_domid);
+        for i in self.imports.values_mut() {
+            i.domain_gone(domid, heir);
+        }
+    }
+
     pub(crate) fn count_node(&mut self, domid: u16, n: i64) {
         if let Some(d) = self.domains.get_mut(&domid) {
             d.nodes += n;
@@ -734,10 +746,13 @@ impl Store {
             let base = self.tree.get(path).cloned();
             let charged = match &base {
                 Some(b) => tx_cost(path, b.perms.len(), b.value.len(), b.children.bytes()),
-                None => 0,
+                None => tx_cost(path, 0, 0, 0),
             };
+            if self.charge(c.domid, charged as i64, true) == Err(Errno::ENOMEM) {
+                t.fail = true;
+                return Err(Errno::ENOMEM);
+            }
             t.charged += charged;
-            let _ = self.charge(c.domid, charged as i64, false);
             let key: Rc<[u8]> = Rc::from(path);
             t.order.push(key.clone());
             let generation = base.as_ref().map_or(NO_GENERATION, |b| b.generation);
@@ -989,15 +1004,27 @@ impl Store {
         if let Some(f) = self.conns.get_mut(&id).and_then(|c| c.frozen.as_mut()) {
             let e = HeldEvent { path: Rc::from(path), watch: w };
             if !f.held.contains(&e) {
-                f.held.push(e);
-                if let Some(Peer::Domain(d)) = self.conns.get(&id).map(|c| c.peer) {
-                    self.redo.held(d, path, &watch.path, &watch.token);
-                }
+                self.hold(id, e);
             }
             return;
         }
         let (shown, token) = (watch.shown(path).to_vec(), watch.token.clone());
         self.queue_event(id, request, &shown, &token, now_ms);
+    }
+
+    /// Keeps an event for a frozen domain, unless its memory is used up: then it is lost, as it would be otherwise.
+    fn hold(&mut self, id: ConnId, e: HeldEvent) {
+        let Some(Peer::Domain(domid)) = self.conns.get(&id).map(|c| c.peer) else { return };
+        let Some(watch) = self.watches.get(e.watch) else { return };
+        let size = watch.event_size(&e.path);
+        if self.charge(domid, size as i64, true).is_err() {
+            return;
+        }
+        let Some(watch) = self.watches.get(e.watch) else { return };
+        self.redo.held(domid, &e.path, &watch.path, &watch.token);
+        if let Some(f) = self.conns.get_mut(&id).and_then(|c| c.frozen.as_mut()) {
+            f.held.push(e, size);
+        }
     }
 
     /// Tells watchers of `@introduceDomain` or `@releaseDomain`.

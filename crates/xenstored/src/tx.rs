@@ -4,6 +4,7 @@
 //! joined node still is what it was (the rule of the C daemon, `xenstored_transaction.c`).
 
 use crate::node::{Name, Node, PermList, Value};
+use crate::store::tx_cost;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
@@ -119,6 +120,11 @@ impl Accessed {
                 if c.fresh { added } else { base.saturating_sub(sum(&mut c.removed.iter())) + added }
             }
         }
+    }
+
+    /// What the memory quota counts for it. One that is not there counts too: its path is kept.
+    pub fn cost(&self, path: &[u8]) -> usize {
+        tx_cost(path, self.perms().map_or(0, |p| p.len()), self.value().len(), self.children_bytes())
     }
 
     /// Turns it into one that can be changed, and hands that out. It must exist.

@@ -3,7 +3,7 @@
 use crate::conn::ConnId;
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
-use xenstore_wire::path;
+use xenstore_wire::{HEADER_LEN, path};
 
 /// Counts up, so that it orders watches by the time of their registration.
 pub type WatchId = u64;
@@ -28,6 +28,12 @@ impl Watch {
     pub fn shown<'a>(&self, path: &'a [u8]) -> &'a [u8] {
         let p = path.get(self.strip..).unwrap_or(b"");
         if self.strip > 0 { p.strip_prefix(b"/").unwrap_or(p) } else { p }
+    }
+
+    /// Memory accounted for an event of it.
+    pub fn event_size(&self, path: &[u8]) -> usize {
+        // Each with its NUL.
+        self.shown(path).len() + self.token.len() + 2 + HEADER_LEN
     }
 
     /// Memory accounted for it.

@@ -3,7 +3,7 @@
 mod common;
 use common::World;
 use proptest::prelude::*;
-use xenstore_wire::{Header, Message, Op, payload};
+use xenstore_wire::{Errno, Header, Message, Op, payload};
 use xenstored::{DomainState, Options, Store};
 
 #[derive(Debug, Clone)]
@@ -212,4 +212,37 @@ fn the_root_outlives_the_domain_that_it_was_given_to() {
     w.store.check_domains(&mut w.host);
     assert_eq!(w.store.check(), Vec::<String>::new());
     assert_eq!(w.read(t, "/elsewhere"), Ok("kept".into()));
+}
+
+#[test]
+fn what_a_transaction_looked_for_in_vain_counts_against_memory() {
+    let mut w = World::new(Options::default());
+    let t = w.tool();
+    let g = w.guest(t, 5);
+    let memory = |w: &World| w.store.usage(5).unwrap().3;
+    let before = memory(&w);
+    let mut held = 0;
+    let txs = [(); 11].map(|()| w.begin(g));
+    let mut refused = 0;
+    for tx in txs {
+        for i in 0..1000 {
+            let p = format!("/local/domain/5/{}{i}", "x".repeat(1900));
+            match w.req(g, Op::Read, tx, &[&p]) {
+                Err(Errno::ENOENT) => held += p.len() as i64,
+                Err(Errno::ENOMEM) => {
+                    refused += 1;
+                    break;
+                }
+                r => panic!("{r:?}"),
+            }
+        }
+        assert!(memory(&w) - before >= held, "{held} bytes of paths, {} are accounted", memory(&w) - before);
+    }
+    assert!(refused >= 9 && held < 2_700_000, "{refused} refused, {held} bytes held");
+    assert_eq!(w.store.wants(g, 0), 16, "it can still end them");
+    assert_eq!(w.commit(g, txs[10]), Err(Errno::ENOMEM), "what it did not see may have changed");
+    for tx in &txs[..10] {
+        w.req(g, Op::TransactionEnd, *tx, &["F"]).unwrap();
+    }
+    assert_eq!(memory(&w), before);
 }

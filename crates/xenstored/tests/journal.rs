@@ -148,6 +148,34 @@ fn an_import_whose_tree_was_removed_is_taken_back() {
     }
 }
 
+#[test]
+fn what_an_import_puts_back_knows_of_deaths_also_after_a_kill() {
+    let stream = exported();
+    let mut w = World::new(Options::default());
+    w.host.domains.insert(5, DomainState::default());
+    let t = w.tool();
+    w.guest(t, 7);
+    for (p, perms) in [("data", ["n0", "r7"]), ("data/a", ["n0", "r7"]), ("device", ["n7", "n0"])] {
+        let p = format!("/local/domain/5/{p}");
+        w.write(t, &p, "of before").unwrap();
+        w.ok(t, Op::SetPerms, &[&p, perms[0], perms[1]]);
+    }
+    let mut j = Journal::begin(&mut w.store);
+    w.raw(t, Op::DomainImportData, 0, &[&b"5\x000\0"[..], &stream].concat()).unwrap();
+    w.ok(t, Op::DomainImport, &["5", &stream.len().to_string(), "nobody"]);
+    j.commit(&mut w.store);
+    w.host.domains.remove(&7);
+    w.store.check_domains(&mut w.host);
+    j.commit(&mut w.store);
+    let t = kill(&mut w, &j);
+    let g = w.guest(t, 7);
+    w.ok(t, Op::DomainImportAbort, &["5"]);
+    assert_eq!(w.read(t, "/local/domain/5/data/a"), Ok("of before".into()));
+    assert_eq!(w.read(g, "/local/domain/5/data/a"), Err(Errno::EACCES));
+    assert_eq!(w.read(t, "/local/domain/5/device"), Err(Errno::ENOENT), "its own goes with it");
+    w.check();
+}
+
 /// A journal of some traffic.
 fn some() -> Journal {
     let mut w = World::new(Options::default());

@@ -221,6 +221,36 @@ fn thaw_takes_the_domain_back_without_the_events_of_the_attempt() {
 }
 
 #[test]
+fn events_for_a_frozen_domain_count_against_its_memory() {
+    let (mut w, t, g) = source();
+    let other = w.guest(t, 6);
+    w.ok(t, Op::SetPerms, &["/local/domain/6", "b6"]);
+    w.ok(g, Op::Watch, &["/local/domain/6", "far"]);
+    w.events(g);
+    let before = w.store.usage(5).unwrap().3;
+    w.ok(t, Op::DomainFreeze, &["5"]);
+    let mut last = before;
+    for i in 0..50_000 {
+        let p = format!("/local/domain/6/{i}-{}", "x".repeat(200));
+        w.write(other, &p, "").unwrap();
+        w.ok(other, Op::Rm, &[&p]);
+        let now = w.store.usage(5).unwrap().3;
+        assert!(now < 2_621_440, "event {i}: {now} bytes");
+        if i > 0 && now == last {
+            break;
+        }
+        last = now;
+    }
+    let held = last - before;
+    assert!(held > 2_000_000, "{held} bytes are accounted");
+    w.ok(t, Op::DomainThaw, &["5"]);
+    let sent = w.events(g).len() as i64;
+    assert!((200..=300).contains(&(held / sent)), "{sent} events for {held} bytes");
+    assert_eq!(w.store.usage(5).unwrap().3, before, "all is given back");
+    w.check();
+}
+
+#[test]
 fn an_import_can_be_taken_back() {
     let (mut src, s, _) = source();
     let (mut dst, d) = destination();
@@ -265,6 +295,40 @@ fn a_domain_that_dies_after_its_import_leaves_nothing() {
     dst.store.check_domains(&mut dst.host);
     assert_eq!(nodes(&dst, &["/"]), before);
     dst.check();
+}
+
+#[test]
+fn an_undone_import_gives_a_dead_domain_no_rights_again() {
+    let (mut src, s, _) = source();
+    src.ok(s, Op::DomainFreeze, &["5"]);
+    let stream = export(&mut src, s, 5, &PREFIXES).unwrap();
+    // Domain 7 dies before the import, or between it and its undoing.
+    for before in [true, false] {
+        let (mut dst, d) = destination();
+        dst.guest(d, 7);
+        dst.write(d, "/vm/uuid/name", "secret").unwrap();
+        dst.ok(d, Op::SetPerms, &["/vm/uuid/name", "n0", "r7"]);
+        dst.write(d, "/local/domain/5/data/a", "its own").unwrap();
+        dst.ok(d, Op::SetPerms, &["/local/domain/5/data/a", "n7"]);
+        let again = |dst: &mut World| {
+            dst.host.domains.remove(&7);
+            dst.store.check_domains(&mut dst.host);
+            dst.guest(d, 7)
+        };
+        if before {
+            again(&mut dst);
+        }
+        import(&mut dst, d, 5, &stream, "nobody").unwrap();
+        if !before {
+            again(&mut dst);
+        }
+        let g = dst.store.domain_connection(7).unwrap();
+        dst.ok(d, Op::DomainImportAbort, &["5"]);
+        assert_eq!(dst.read(d, "/vm/uuid/name"), Ok("secret".into()));
+        assert_eq!(dst.read(g, "/vm/uuid/name"), Err(Errno::EACCES), "before: {before}");
+        assert_eq!(dst.read(d, "/local/domain/5/data/a"), Err(Errno::ENOENT), "it would have gone with its owner");
+        dst.check();
+    }
 }
 
 #[test]

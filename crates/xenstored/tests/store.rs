@@ -3,7 +3,7 @@
 mod common;
 use common::World;
 use xenstore_wire::{Errno, Op};
-use xenstored::{DomainState, Options};
+use xenstored::{DomainState, Options, Store};
 
 fn world() -> (World, u32) {
     let mut w = World::new(Options::default());
@@ -388,4 +388,31 @@ fn unknown_operations_and_odd_payloads_are_answered() {
         }
     }
     w.check();
+}
+
+#[test]
+fn quotas_that_were_set_outlive_a_live_update() {
+    let (mut w, t) = world();
+    w.guest(t, 5);
+    w.host.domains.insert(6, DomainState::default());
+    w.ok(t, Op::SetQuota, &["5", "nodes", "20"]);
+    w.ok(t, Op::SetQuota, &["6", "nodes", "30"]);
+    w.ok(t, Op::SetQuota, &["watches", "50"]);
+    // The next one is started with other options: what nobody has set is for them to say.
+    let mut options = Options::default();
+    (options.quotas.transactions, options.quotas.watches) = (3, 4);
+    for _ in 0..2 {
+        let stream = w.store.dump(3, 4, &mut |_| (10, Vec::new())).unwrap();
+        let host = std::mem::take(&mut w.host);
+        let (store, r, host) = Store::restore(options.clone(), &stream, |_| Ok(host)).unwrap();
+        (w.store, w.host) = (store, host);
+        w.store.check_domains(&mut w.host);
+        let t = r.sockets[0].0;
+        let quota = |w: &mut World, args: &[&str]| w.ok(t, Op::GetQuota, args).trim_end_matches('\0').to_string();
+        assert_eq!(quota(&mut w, &["5", "nodes"]), "20");
+        assert_eq!(quota(&mut w, &["6", "nodes"]), "30");
+        assert_eq!(quota(&mut w, &["nodes"]), "1000");
+        assert_eq!(quota(&mut w, &["watches"]), "50");
+        assert_eq!(quota(&mut w, &["transactions"]), "3");
+    }
 }
