@@ -610,18 +610,23 @@ fn any_harm_to_any_part_of_the_connection_resolves() {
         for at in places {
             for harm in [Harm::Flip, Harm::Cut] {
                 let what = format!("{harm:?} of byte {at} of {} from {}", written.len(), ["a", "b"][side]);
-                let lab = Lab::new();
-                lab.wire.1[side].lock().unwrap().harm = Some((at, harm));
-                let handle = source::start(&lab.hosts[0], lab.request()).unwrap();
-                wait(&format!("{what}: one copy to run"), || {
-                    handle.is_over() && lab.runs_on().len() == 1 && idle(&lab)
+                // How many pages are sent again is a matter of time, and the digits of a time make words longer: the image may be
+                // shorter now, and the very end is not always reached.
+                let attempts = if at + 16 > written.len() { 1 } else { 5 };
+                let reached = (0..attempts).any(|_| {
+                    let lab = Lab::new();
+                    lab.wire.1[side].lock().unwrap().harm = Some((at, harm));
+                    let handle = source::start(&lab.hosts[0], lab.request()).unwrap();
+                    wait(&format!("{what}: one copy to run"), || {
+                        handle.is_over() && lab.runs_on().len() == 1 && idle(&lab)
+                    });
+                    let n = if lab.runs_on() == ["a"] { 0 } else { 1 };
+                    println!("{what}: on {}", ["a", "b"][n]);
+                    lab.settled_on(n);
+                    let wire = lab.wire.1[side].lock().unwrap();
+                    wire.harm.is_none()
                 });
-                // Words differ in length by the digits of a time: the very end may not be reached.
-                let reached = lab.wire.1[side].lock().unwrap().harm.is_none();
-                assert!(reached || at + 16 > written.len(), "{what} was not come to");
-                let n = if lab.runs_on() == ["a"] { 0 } else { 1 };
-                println!("{what}: on {}", ["a", "b"][n]);
-                lab.settled_on(n);
+                assert!(reached || attempts == 1, "{what} was not come to");
                 tried += 1;
             }
         }

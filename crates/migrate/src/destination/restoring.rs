@@ -20,6 +20,9 @@ impl Run {
         match self.try_prepare() {
             Ok(None) => DestinationEvent::Prepared,
             Ok(Some(why)) => {
+                if !self.offer.as_ref().is_some_and(|offer| offer.dry_run) {
+                    tracing::warn!("{}: refused: {}", self.title(), why.join("; "));
+                }
                 self.why = why;
                 DestinationEvent::Unfit
             }

@@ -61,7 +61,10 @@ impl Run {
         };
         // Whoever asked finds it as it stays.
         self.recording = None;
-        tracing::info!(id = %self.id, "{}: {ending:?}, blackout {} µs", self.title(), report.blackout_us);
+        match &report.error {
+            None => tracing::info!(id = %self.id, "{}: {ending:?}, blackout {} µs", self.title(), report.blackout_us),
+            Some(why) => tracing::warn!(id = %self.id, "{}: {ending:?}: {why}", self.title()),
+        }
         *self.shared.report.lock().unwrap_or_else(PoisonError::into_inner) = Some(report);
     }
 }
