@@ -416,3 +416,28 @@ fn quotas_that_were_set_outlive_a_live_update() {
         assert_eq!(quota(&mut w, &["transactions"]), "3");
     }
 }
+
+#[test]
+fn shutdowns_noticed_together_are_told_to_whom_each_one_is() {
+    let (mut w, t) = world();
+    for d in [6, 7] {
+        w.guest(t, d);
+    }
+    let g = w.guest(t, 8);
+    w.ok(t, Op::Watch, &["@releaseDomain", "plain"]);
+    w.ok(t, Op::Watch, &["@releaseDomain", "deep", "1"]);
+    w.ok(t, Op::Watch, &["@releaseDomain/7", "seven"]);
+    for p in ["@releaseDomain", "@releaseDomain/6", "@releaseDomain/7"] {
+        w.ok(g, Op::Watch, &[p, "guest"]);
+    }
+    w.events(t);
+    w.events(g);
+    for d in [6, 7] {
+        w.host.domains.insert(d, DomainState { shutdown: true, ..DomainState::default() });
+    }
+    w.store.check_domains(&mut w.host);
+    assert_eq!(w.events(g), [], "it may not know of them");
+    let event = |p: &str, token: &str| (p.to_string(), token.to_string());
+    let told = [("", "plain"), ("/6", "deep"), ("/7", "deep"), ("/7", "seven")];
+    assert_eq!(w.events(t), told.map(|(d, token)| event(&format!("@releaseDomain{d}"), token)));
+}
