@@ -245,6 +245,8 @@ impl Store {
             self.redo.import_gone(domid);
         }
         self.redo.gone(domid);
+        // Events of its requests may wait on other connections. They are not to count for the next domain of its id.
+        self.requests.retain(|_, r| r.domid != domid);
         let Some(d) = self.domains.remove(&domid) else { return };
         self.limiter.leave(d.credit);
         host.disconnect(domid, d.port);

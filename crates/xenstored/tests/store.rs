@@ -441,3 +441,19 @@ fn shutdowns_noticed_together_are_told_to_whom_each_one_is() {
     let told = [("", "plain"), ("/6", "deep"), ("/7", "deep"), ("/7", "seven")];
     assert_eq!(w.events(t), told.map(|(d, token)| event(&format!("@releaseDomain{d}"), token)));
 }
+
+#[test]
+fn a_request_of_a_dead_domain_is_none_of_the_next_one_of_its_id() {
+    let (mut w, t) = world();
+    let g = w.guest(t, 5);
+    let other = w.tool();
+    w.ok(other, Op::Watch, &["/local/domain/5/a", "t"]);
+    w.events(other);
+    w.write(g, "a", "1").unwrap();
+    // Its event waits on another connection.
+    w.host.domains.remove(&5);
+    w.store.check_domains(&mut w.host);
+    w.guest(t, 5);
+    assert!(!w.events(other).is_empty());
+    assert_eq!(w.store.usage(5).unwrap().2, 0);
+}
