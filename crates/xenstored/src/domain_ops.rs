@@ -105,6 +105,7 @@ impl Store {
             }
         }
         self.redo.ring_reset(domid);
+        self.note_ring(domid, 0, 0);
         host.reset_ring(domid);
         ok()
     }

@@ -157,10 +157,10 @@ pub(super) struct Host {
     log: Log,
     pub(super) outside: Rc<RefCell<Outside>>,
     pub(super) guests: BTreeMap<u16, Guest>,
-    daemon: Option<Daemon>,
+    pub(super) daemon: Option<Daemon>,
     /// How many points each next life lasts; then they are without end.
     lives: Vec<u64>,
-    kills: usize,
+    pub(super) kills: usize,
     /// What each guest received, act by act.
     transcript: Vec<String>,
 }
@@ -281,6 +281,13 @@ impl Host {
             }
             Err(e) => resume_unwind(e),
         }
+    }
+
+    /// Ends the daemon; the next turn starts another.
+    pub(super) fn kill(&mut self) {
+        self.daemon = None;
+        // The kernel closes its ports.
+        self.outside.borrow_mut().bound.clear();
     }
 
     /// Until nobody has anything to do.
