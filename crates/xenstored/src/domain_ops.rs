@@ -6,7 +6,7 @@ use crate::node::{Node, owner};
 use crate::store::{Answer, Caller, Domain, Store, ok};
 use std::rc::Rc;
 use tracing::{info, warn};
-use xenstore_wire::{DOMID_FIRST_RESERVED, DOMID_SELF, Errno, Op, Perm, path, payload};
+use xenstore_wire::{DOMID_FIRST_RESERVED, DOMID_SELF, Errno, Op, Perm, payload};
 
 /// A domid as the C daemon reads one, but checked for its range.
 pub(crate) fn domid_arg(s: &[u8]) -> Result<u16, Errno> {
@@ -82,7 +82,7 @@ impl Store {
                 let local = host.connect(domid, port)?;
                 self.introduced(domid, local, port, host.now_ms());
                 info!(domid, port, local, "introduced");
-                self.fire_special(b"@introduceDomain", Some(domid), host.now_ms());
+                self.fire_special(b"@introduceDomain", &[domid], host.now_ms());
             }
             Some(conn) => {
                 if self.conns.get(&conn).is_some_and(|c| c.frozen.is_some()) {
@@ -105,6 +105,7 @@ impl Store {
             }
         }
         self.redo.ring_reset(domid);
+        self.note_ring(domid, 0, 0);
         host.reset_ring(domid);
         ok()
     }
@@ -233,15 +234,8 @@ impl Store {
                 }
             }
         }
-        if let Some(&first) = notify.first() {
-            // Those without a domid in the path see one event, as ever.
-            self.fire_special(b"@releaseDomain", Some(first), host.now_ms());
-            for d in &notify[1..] {
-                let p = path::join(b"@releaseDomain", d.to_string().as_bytes());
-                for w in self.watches.matching(&p, true) {
-                    self.event_for_watch(w, &p, None, host.now_ms());
-                }
-            }
+        if !notify.is_empty() {
+            self.fire_special(b"@releaseDomain", &notify, host.now_ms());
         }
     }
 
@@ -252,13 +246,15 @@ impl Store {
             self.redo.import_gone(domid);
         }
         self.redo.gone(domid);
+        // Events of its requests may wait on other connections. They are not to count for the next domain of its id.
+        self.requests.retain(|_, r| r.domid != domid);
         let Some(d) = self.domains.remove(&domid) else { return };
         self.limiter.leave(d.credit);
         host.disconnect(domid, d.port);
         if domid == 0 {
             self.domains.insert(0, Domain { nodes: d.nodes, memory: d.memory, ..Domain::default() });
         }
-        self.fire_special(b"@releaseDomain", Some(domid), host.now_ms());
+        self.fire_special(b"@releaseDomain", &[domid], host.now_ms());
     }
 
     /// Removes what belongs to a domain: its nodes with all below, its place in the special permissions.

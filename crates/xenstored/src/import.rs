@@ -678,7 +678,7 @@ impl Store {
         self.redo.import_gone(domid);
         let id = self.introduced(domid, local, port, now);
         // Before its own watches are there: it is not to notice.
-        self.fire_special(b"@introduceDomain", Some(domid), now);
+        self.fire_special(b"@introduceDomain", &[domid], now);
         let mut stream_id = 0;
         if let Some(ic) = a.conn {
             stream_id = ic.stream_id;

@@ -1027,19 +1027,20 @@ impl Store {
         }
     }
 
-    /// Tells watchers of `@introduceDomain` or `@releaseDomain`.
-    pub(crate) fn fire_special(&mut self, name: &[u8], domid: Option<u16>, now_ms: u64) {
+    /// Tells watchers of `@introduceDomain` or `@releaseDomain`. Those who are not shown which domains are told once for all.
+    pub(crate) fn fire_special(&mut self, name: &[u8], domids: &[u16], now_ms: u64) {
         let perms = if name == b"@releaseDomain" { self.release_perms.clone() } else { self.introduce_perms.clone() };
-        let with_domid = domid.map(|d| xenstore_wire::path::join(name, d.to_string().as_bytes()));
+        let with_domid: Vec<Vec<u8>> =
+            domids.iter().map(|d| xenstore_wire::path::join(name, d.to_string().as_bytes())).collect();
         let mut events: Vec<(u64, Vec<u8>)> = Vec::new();
         for w in self.watches.matching(name, true) {
-            let deep = self.watches.get(w).is_some_and(|w| w.depth == Some(1));
-            match &with_domid {
-                Some(p) if deep => events.push((w, p.clone())),
-                _ => events.push((w, name.to_vec())),
+            if self.watches.get(w).is_some_and(|w| w.depth == Some(1)) {
+                events.extend(with_domid.iter().map(|p| (w, p.clone())));
+            } else {
+                events.push((w, name.to_vec()));
             }
         }
-        if let Some(p) = &with_domid {
+        for p in &with_domid {
             events.extend(self.watches.matching(p, true).into_iter().map(|w| (w, p.clone())));
         }
         for (w, p) in events {

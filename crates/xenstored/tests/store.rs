@@ -416,3 +416,44 @@ fn quotas_that_were_set_outlive_a_live_update() {
         assert_eq!(quota(&mut w, &["transactions"]), "3");
     }
 }
+
+#[test]
+fn shutdowns_noticed_together_are_told_to_whom_each_one_is() {
+    let (mut w, t) = world();
+    for d in [6, 7] {
+        w.guest(t, d);
+    }
+    let g = w.guest(t, 8);
+    w.ok(t, Op::Watch, &["@releaseDomain", "plain"]);
+    w.ok(t, Op::Watch, &["@releaseDomain", "deep", "1"]);
+    w.ok(t, Op::Watch, &["@releaseDomain/7", "seven"]);
+    for p in ["@releaseDomain", "@releaseDomain/6", "@releaseDomain/7"] {
+        w.ok(g, Op::Watch, &[p, "guest"]);
+    }
+    w.events(t);
+    w.events(g);
+    for d in [6, 7] {
+        w.host.domains.insert(d, DomainState { shutdown: true, ..DomainState::default() });
+    }
+    w.store.check_domains(&mut w.host);
+    assert_eq!(w.events(g), [], "it may not know of them");
+    let event = |p: &str, token: &str| (p.to_string(), token.to_string());
+    let told = [("", "plain"), ("/6", "deep"), ("/7", "deep"), ("/7", "seven")];
+    assert_eq!(w.events(t), told.map(|(d, token)| event(&format!("@releaseDomain{d}"), token)));
+}
+
+#[test]
+fn a_request_of_a_dead_domain_is_none_of_the_next_one_of_its_id() {
+    let (mut w, t) = world();
+    let g = w.guest(t, 5);
+    let other = w.tool();
+    w.ok(other, Op::Watch, &["/local/domain/5/a", "t"]);
+    w.events(other);
+    w.write(g, "a", "1").unwrap();
+    // Its event waits on another connection.
+    w.host.domains.remove(&5);
+    w.store.check_domains(&mut w.host);
+    w.guest(t, 5);
+    assert!(!w.events(other).is_empty());
+    assert_eq!(w.store.usage(5).unwrap().2, 0);
+}

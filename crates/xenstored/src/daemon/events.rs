@@ -116,7 +116,7 @@ pub struct Daemon {
     /// `None`: there is to be none, or there is no room.
     journal: Option<Journal>,
     /// When to try again to make one, in milliseconds.
-    retry_journal: Option<u64>,
+    pub(super) retry_journal: Option<u64>,
     /// When something that had to wait for time to pass may go on. It is kept from round to round: others may keep the loop busy all
     /// the time.
     due: Option<u64>,
@@ -287,6 +287,12 @@ impl Daemon {
             return;
         }
         self.retry_journal = None;
+        // They went on while there was none.
+        for d in self.store.connected_domains().map(|d| d.0).collect::<Vec<_>>() {
+            if let Some(ring) = self.machine.ring(d) {
+                self.store.note_ring(d, ring.requests_at(), ring.replies_at());
+            }
+        }
         let file = self.place.file();
         let made = self
             .store
@@ -300,7 +306,7 @@ impl Daemon {
     }
 
     /// Goes on without one, and tries again later.
-    fn lose_journal(&mut self, e: &anyhow::Error) {
+    pub(super) fn lose_journal(&mut self, e: &anyhow::Error) {
         let file = self.place.file();
         error!("state journal {}: {e:#}; a killed daemon loses the store until there is one again", file.display());
         if let Some(j) = self.journal.take() {
@@ -350,7 +356,7 @@ impl Daemon {
     }
 
     /// Begins the journal anew: it is full.
-    fn compact(&mut self, step: Option<&RingStep>) -> anyhow::Result<()> {
+    pub(super) fn compact(&mut self, step: Option<&RingStep>) -> anyhow::Result<()> {
         let Some(j) = &mut self.journal else { return Ok(()) };
         let (snapshot, first) = self.store.snapshot()?;
         let last = crate::recover::last_step(step, &self.machine.resets());
@@ -852,8 +858,9 @@ fn come_back(options: Options, c: &Contents, machine: &mut Machine) -> anyhow::R
         store.reconnected(domid, port);
     }
     let step = r.last.ring.filter(|_| c.unpublished);
-    // dom0 never empties its ring. If it is not where it was left, another daemon has served it since.
-    if let (Some((requests, replies)), Some(ring)) = (store.noted_ring(0), machine.ring(0)) {
+    // dom0 never empties its ring itself. If it is not where it was left, another daemon has served it since.
+    let to_be_emptied = c.unpublished && r.last.resets.contains(&0);
+    if !to_be_emptied && let (Some((requests, replies)), Some(ring)) = (store.noted_ring(0), machine.ring(0)) {
         let own = step.filter(|s| s.domid == 0);
         let is = |now: u32, then: u32, before: Option<u32>| now == then || Some(now) == before;
         if !is(ring.requests_at(), requests, own.map(|s| s.requests.from))

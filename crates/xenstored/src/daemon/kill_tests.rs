@@ -157,10 +157,10 @@ pub(super) struct Host {
     log: Log,
     pub(super) outside: Rc<RefCell<Outside>>,
     pub(super) guests: BTreeMap<u16, Guest>,
-    daemon: Option<Daemon>,
+    pub(super) daemon: Option<Daemon>,
     /// How many points each next life lasts; then they are without end.
     lives: Vec<u64>,
-    kills: usize,
+    pub(super) kills: usize,
     /// What each guest received, act by act.
     transcript: Vec<String>,
 }
@@ -241,6 +241,15 @@ impl Host {
         rustix::io::write(&self.outside.borrow().events, &1u64.to_ne_bytes()).unwrap();
     }
 
+    /// A domain goes on. Who says so with RESUME has seen to it; else its shutdown is noticed again whenever the daemon looks.
+    fn resume(&mut self, body: &[u8]) {
+        let domid = payload::strings(body).next().and_then(|d| payload::decimal::<u16>(d).ok());
+        let mut o = self.outside.borrow_mut();
+        if let Some(s) = domid.and_then(|d| o.domains.get_mut(&d)) {
+            s.shutdown = false;
+        }
+    }
+
     /// Notes what guests received; those that are deaf may have half a message.
     fn keep_transcript(&mut self) {
         self.transcript.push("--".into());
@@ -281,6 +290,13 @@ impl Host {
             }
             Err(e) => resume_unwind(e),
         }
+    }
+
+    /// Ends the daemon; the next turn starts another.
+    pub(super) fn kill(&mut self) {
+        self.daemon = None;
+        // The kernel closes its ports.
+        self.outside.borrow_mut().bound.clear();
     }
 
     /// Until nobody has anything to do.
@@ -333,6 +349,9 @@ impl Host {
         match a {
             Act::Send { who, requests, cut } => {
                 for (op, tx, body) in requests {
+                    if *op == Op::Resume {
+                        self.resume(body);
+                    }
                     self.send(*who, *op, *tx, body);
                 }
                 let Some(g) = self.guests.get_mut(who) else { return };

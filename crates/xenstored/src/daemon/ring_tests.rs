@@ -1,10 +1,13 @@
 //! Guests that use their rings as no driver would, over simulated ones.
 
+use super::kill_point::test::kill_after;
 use super::kill_tests::Host;
 use super::ring::RingPage;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use xenstore_wire::ring::{REQ, REQ_CONS, REQ_PROD, RING_SIZE, RSP_CONS, RSP_PROD, offset};
-use xenstore_wire::{Message, Op};
+use xenstore_wire::{Message, Op, payload};
 
 /// Requests that one who never stops sends before the test gives up.
 const MANY: u32 = 10_000;
@@ -63,4 +66,50 @@ fn a_guest_whose_indexes_cannot_be_costs_nothing_once_it_is_ignored() {
     }
     assert_eq!(committed(&h), once, "the journal grows");
     assert_eq!(h.outside.borrow().notified, [0u16; 0]);
+}
+
+fn read(h: &mut Host) {
+    h.send(0, Op::Read, 0, b"/tool\0");
+    h.settle();
+}
+
+#[test]
+fn a_journal_that_is_made_again_knows_where_dom0s_ring_stands() {
+    let mut h = Host::new(Vec::new());
+    read(&mut h);
+    h.daemon.as_mut().unwrap().lose_journal(&anyhow::anyhow!("no room"));
+    read(&mut h);
+    h.daemon.as_mut().unwrap().retry_journal = Some(0);
+    h.turn();
+    assert!(h.dir.path().join("journal").exists());
+    h.kill();
+    read(&mut h);
+}
+
+#[test]
+fn dom0s_ring_may_be_emptied() {
+    // By a tool, and killed once the journal was begun anew since.
+    let mut h = Host::new(Vec::new());
+    read(&mut h);
+    let mut tool = UnixStream::connect(h.dir.path().join("socket")).unwrap();
+    let introduce = payload::join(["0", "1", "77"]);
+    tool.write_all(&Message::new(Op::Introduce.to_wire(), 1, 0, introduce).to_bytes()).unwrap();
+    h.settle();
+    assert_eq!(h.guests[&0].page.word(REQ_CONS).load(Ordering::SeqCst), 0);
+    h.daemon.as_mut().unwrap().compact(None).unwrap();
+    h.kill();
+    read(&mut h);
+    // By its kernel, and killed at any point of it.
+    for points in 0.. {
+        let mut h = Host::new(Vec::new());
+        read(&mut h);
+        kill_after(points);
+        h.introduce(0);
+        read(&mut h);
+        kill_after(u64::MAX);
+        if h.kills == 0 {
+            assert!(points > 20, "{points} points");
+            break;
+        }
+    }
 }
