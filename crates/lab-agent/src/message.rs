@@ -78,6 +78,9 @@ pub struct Start {
     /// Set dom0's (and so Xen's) wall clock to this many nanoseconds since 1970, UTC.
     #[serde(default)]
     pub wallclock_ns: Option<u64>,
+    /// For dom0's random numbers, which go on from where they stood when the host's state was saved: on every host the same.
+    #[serde(default)]
+    pub seed: Option<[u8; 32]>,
 }
 
 /// How a stream ended well.

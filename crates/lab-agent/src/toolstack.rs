@@ -3,8 +3,10 @@
 use crate::boot;
 use anyhow::{Context, Result, bail};
 use lab_agent::message::{Done, Start};
+use rustix::ioctl::{NoArg, Opcode, ioctl, opcode};
 use rustix::time::{ClockId, Timespec, clock_settime};
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -18,12 +20,26 @@ const XENSTORED_SOCKET: &str = "/run/xenstored/socket";
 const CONSOLED_PID: &str = "/run/xenconsoled.pid";
 const STARTED: &str = "/run/lab-started";
 
+/// Makes the kernel's random numbers depend on the seed from here on (random(4)).
+fn stir(seed: &[u8]) -> Result<()> {
+    /// `RNDRESEEDCRNG` (linux/random.h).
+    const RESEED: Opcode = opcode::none(b'R', 0x07);
+    let mut random = File::options().write(true).open("/dev/urandom")?;
+    random.write_all(seed)?;
+    // SAFETY: RNDRESEEDCRNG takes no argument.
+    unsafe { ioctl(&random, NoArg::<RESEED>::new()) }?;
+    Ok(())
+}
+
 /// Starts everything; the error names the step that failed.
 pub fn start(how: &Start) -> Result<Done> {
     if fs::exists(STARTED).unwrap_or(false) {
         bail!("the toolstack was started before");
     }
     fs::write(STARTED, "").context("mark the start")?;
+    if let Some(seed) = &how.seed {
+        stir(seed).context("stir the random numbers")?;
+    }
     if let Some(ns) = how.wallclock_ns {
         let tv_sec = i64::try_from(ns / 1_000_000_000).unwrap_or(i64::MAX);
         let tv_nsec = (ns % 1_000_000_000) as _;

@@ -292,12 +292,15 @@ impl Host {
         let step = Step::begin(format!("{}: starting the toolstack", self.name()));
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
         let wallclock = i128::try_from(now).unwrap_or(0) + i128::from(self.config.wallclock_skew_ms) * 1_000_000;
+        let mut seed = [0; 32];
+        rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).context("draw a seed")?;
         let start = Start {
             hostname: self.config.name.clone(),
             xenstored: self.config.xenstored.clone(),
             address: self.config.address.clone(),
             mac: self.config.nic.as_ref().map(|nic| nic.mac),
             wallclock_ns: Some(u64::try_from(wallclock).context("the wall clock would be before 1970")?),
+            seed: Some(seed),
         };
         self.request(&Request::Start(start), &[])?;
         step.done();
