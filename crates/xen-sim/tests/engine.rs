@@ -588,14 +588,16 @@ fn any_harm_to_any_part_of_the_connection_resolves() {
     let words = |lab: &Lab, side: usize| {
         frames(&lab.wire.1[side].lock().unwrap().written).iter().filter(|(_, _, kind)| *kind != 3).count()
     };
-    let clean = (0..10).find_map(|_| {
+    let clean = (0..10).filter_map(|_| {
         let lab = Lab::new();
         assert!(lab.migrate().moved);
         lab.settled_on(1);
         // Offer, Final, Go, Moved; Accept, Ready, Running, Bye.
         [0, 1].iter().all(|side| words(&lab, *side) == 4).then_some(lab)
     });
-    let clean = clean.expect("a move in which nothing is said twice");
+    // How many pages are sent again is a matter of time. What the shortest has, the others have.
+    let length = |lab: &Lab| lab.wire.1[0].lock().unwrap().written.len();
+    let clean = clean.take(3).min_by_key(length).expect("a move in which nothing is said twice");
     let mut tried = 0;
     for side in [0, 1] {
         let written = clean.wire.1[side].lock().unwrap().written.clone();
@@ -610,8 +612,7 @@ fn any_harm_to_any_part_of_the_connection_resolves() {
         for at in places {
             for harm in [Harm::Flip, Harm::Cut] {
                 let what = format!("{harm:?} of byte {at} of {} from {}", written.len(), ["a", "b"][side]);
-                // How many pages are sent again is a matter of time, and the digits of a time make words longer: the image may be
-                // shorter now, and the very end is not always reached.
+                // Still it may be shorter now, and the digits of a time make words longer: the very end is not always reached.
                 let attempts = if at + 16 > written.len() { 1 } else { 5 };
                 let reached = (0..attempts).any(|_| {
                     let lab = Lab::new();
