@@ -642,32 +642,44 @@ mod tests {
         assert!(matches!(error, Error::Connect { .. }), "{error}");
     }
 
-    /// Answers a connection's next request.
-    fn answer(stream: &mut UnixStream, op: Op, id: u32, body: &[u8]) {
+    /// Answers a connection's next request; gives the request's payload.
+    fn answer(stream: &mut UnixStream, op: Op, id: u32, body: &[u8]) -> Vec<u8> {
         let mut request = [0; 4096];
-        assert!(std::io::Read::read(stream, &mut request).unwrap() > 0, "there is a request");
+        let n = std::io::Read::read(stream, &mut request).unwrap();
+        assert!(n > 0, "there is a request");
         let reply = Message::new(op.to_wire(), id, 0, body.to_vec()).to_bytes();
         std::io::Write::write_all(stream, &reply).unwrap();
+        request[xenstore_wire::HEADER_LEN..n].to_vec()
     }
 
-    /// A daemon that was started anew may not have room for the watch, or may not let it be.
-    #[test]
-    fn a_watch_that_is_refused_the_second_time_is_told_of() {
-        let (_dir, path, listener) = daemon();
+    /// A client with the watches `/one`, `a` and `/two`, `b`, whose daemon ends then. `next` is the one that is started after it.
+    fn watching<T: Send + 'static>(
+        next: impl FnOnce(&UnixListener) -> T + Send + 'static,
+    ) -> (tempfile::TempDir, Client, std::thread::JoinHandle<T>) {
+        let (dir, path, listener) = daemon();
         let mut client = Client::connect_within(&path, Duration::from_secs(20)).unwrap();
         let (mut first, _) = listener.accept().unwrap();
         let served = std::thread::spawn(move || {
             answer(&mut first, Op::Watch, 1, b"OK\0");
             answer(&mut first, Op::Watch, 2, b"OK\0");
             drop(first);
+            next(&listener)
+        });
+        client.watch("/one", "a").unwrap();
+        client.watch("/two", "b").unwrap();
+        (dir, client, served)
+    }
+
+    /// A daemon that was started anew may not have room for the watch, or may not let it be.
+    #[test]
+    fn a_watch_that_is_refused_the_second_time_is_told_of() {
+        let (_dir, mut client, served) = watching(|listener| {
             let (mut second, _) = listener.accept().unwrap();
             answer(&mut second, Op::Error, 4, b"ENOSPC\0");
             answer(&mut second, Op::Watch, 5, b"OK\0");
             answer(&mut second, Op::Read, 6, b"value");
             second
         });
-        client.watch("/one", "a").unwrap();
-        client.watch("/two", "b").unwrap();
         // What is asked for has nothing to do with it.
         assert_eq!(client.read("/x").unwrap(), b"value");
         let _open = served.join().unwrap();
@@ -683,29 +695,14 @@ mod tests {
     /// One that answers nonsense when watches are set again: the rest of them is set at the next connection.
     #[test]
     fn a_connection_without_all_watches_is_not_gone_on_with() {
-        let (_dir, path, listener) = daemon();
-        let mut client = Client::connect_within(&path, Duration::from_secs(20)).unwrap();
-        let (mut first, _) = listener.accept().unwrap();
-        let served = std::thread::spawn(move || {
-            answer(&mut first, Op::Watch, 1, b"OK\0");
-            answer(&mut first, Op::Watch, 2, b"OK\0");
-            drop(first);
+        let (_dir, mut client, served) = watching(|listener| {
             let (mut second, _) = listener.accept().unwrap();
             answer(&mut second, Op::Watch, 77, b"OK\0");
             let (mut third, _) = listener.accept().unwrap();
-            let mut set = Vec::new();
-            for id in 6..8 {
-                let mut request = [0; 4096];
-                let n = std::io::Read::read(&mut third, &mut request).unwrap();
-                set.push(request[16..n].to_vec());
-                let reply = Message::new(Op::Watch.to_wire(), id, 0, b"OK\0".to_vec()).to_bytes();
-                std::io::Write::write_all(&mut third, &reply).unwrap();
-            }
+            let set = [6, 7].map(|id| answer(&mut third, Op::Watch, id, b"OK\0"));
             answer(&mut third, Op::Read, 8, b"value");
             (set, second, third)
         });
-        client.watch("/one", "a").unwrap();
-        client.watch("/two", "b").unwrap();
         let error = client.read("/x").unwrap_err();
         assert!(matches!(error, Error::Protocol { .. }), "{error}");
         assert_eq!(client.read("/x").unwrap(), b"value");
