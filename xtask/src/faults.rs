@@ -1,11 +1,13 @@
 //! `cargo xtask faults`: each fault at each point of the handshake, one by one, on two hosts in the lab.
 //!
 //! The points are those of `migrate::fault_points`. A scenario is written with one `fault` step for each; a guest goes to and
-//! fro between one pair of hosts for as long as all goes well. A failed step ends a run, and the rest gets new hosts.
+//! fro between one pair of hosts for as long as all goes well. A failed step ends a run, and the rest gets new hosts. Where a host
+//! is switched off (`--kind gone`) each point has hosts of its own.
 
 use crate::generated::{self, Runner};
 use anyhow::{Result, bail};
 use migrate::fault_points::{self, Lead, Plant};
+use migrate::host::Fault;
 use serde_json::Value;
 use std::fmt::Write as _;
 use std::process::ExitCode;
@@ -17,7 +19,7 @@ pub struct Options {
     #[arg(long, value_name = "POINT")]
     step: Option<String>,
     /// Only this kind of fault
-    #[arg(long, value_parser = ["cut", "fail", "crash", "panic"])]
+    #[arg(long, value_parser = ["cut", "fail", "crash", "panic", GONE])]
     kind: Option<String>,
     /// Only tell what would be run
     #[arg(long)]
@@ -30,6 +32,9 @@ pub struct Options {
     chunk: usize,
 }
 
+/// The kind of fault that no host gets over: it is switched off.
+const GONE: &str = "gone";
+
 /// A fault with what must go wrong before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Case {
@@ -38,10 +43,76 @@ struct Case {
 }
 
 impl Case {
+    /// The point is where a host is switched off.
+    fn gone(&self) -> bool {
+        self.plant.fault == Fault::Hang
+    }
+
+    fn kind(&self) -> String {
+        if self.gone() { GONE.to_owned() } else { self.plant.fault.to_string() }
+    }
+
+    fn gone_step(&self, then: Then) -> String {
+        let lead: Vec<String> = self.lead.plant().iter().map(|lead| format!("{:?}", lead.to_string())).collect();
+        let (point, then, unfit) = (&self.plant.point, then.step(), self.lead == Lead::Unfit);
+        format!(
+            "{{ guest = \"g\", point = {point:?}, then = {then:?}, faults = [{}], unfit = {unfit} }}",
+            lead.join(", ")
+        )
+    }
+
     /// All that is planted, as the scenario has it.
     fn faults(&self) -> Vec<String> {
         let lead = self.lead.plant().filter(|lead| lead.point != self.plant.point);
         lead.iter().chain([&self.plant]).map(ToString::to_string).collect()
+    }
+}
+
+/// What becomes of the guest when the host that comes to a point is switched off there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    /// The other host runs it, and asked nobody.
+    Runs,
+    /// The other host waits for the operator's word.
+    Waits,
+    /// As Waits, but it had been started on the host that is gone: what it did there is lost with it.
+    Diverges,
+    /// It was on the host that is gone.
+    Lost,
+}
+
+impl Then {
+    /// docs/handshake.md, "When a host is gone for good".
+    fn of(point: &str) -> Then {
+        match point.split_once(".before.").unwrap_or((point, "")) {
+            ("source", "journal-go" | "send-go") => Then::Waits,
+            ("source", "journal-done" | "destroy" | "journal-left" | "report" | "send-moved" | "journal-closed") => {
+                Then::Runs
+            }
+            ("destination", "journal-accepted" | "connect" | "journal-starting" | "start") => Then::Waits,
+            ("destination", "journal-running" | "send-running") => Then::Diverges,
+            ("destination", "journal-closed" | "send-bye") | ("source", _) => Then::Lost,
+            _ => Then::Runs,
+        }
+    }
+
+    /// As the lab's step has it.
+    fn step(self) -> &'static str {
+        match self {
+            Then::Runs => "runs",
+            Then::Waits | Then::Diverges => "waits",
+            Then::Lost => "lost",
+        }
+    }
+
+    /// What the witness may be asked for.
+    fn expect(self) -> &'static str {
+        match self {
+            Then::Runs => "every-promise = \"pass\"\n",
+            // It stands still until somebody has decided.
+            Then::Waits => "every-promise = \"pass\"\n[expect.promise]\nT2 = \"any\"\nT7 = \"any\"\n",
+            Then::Diverges | Then::Lost => "every-promise = \"any\"\n",
+        }
     }
 }
 
@@ -57,15 +128,11 @@ fn cases(options: &Options) -> Vec<Case> {
     let points = fault_points::all().into_iter();
     let wanted = points.filter(|p| options.step.as_ref().is_none_or(|step| p.name.contains(step.as_str())));
     let each = wanted.flat_map(|point| {
-        let of = |fault: &migrate::host::Fault| Case {
-            plant: Plant { point: point.name.clone(), fault: *fault },
-            lead: point.lead,
-        };
-        point.faults().iter().map(of).collect::<Vec<_>>()
+        let of = |fault: &Fault| Case { plant: Plant { point: point.name.clone(), fault: *fault }, lead: point.lead };
+        let gone = point.name.contains(".before.").then_some(Fault::Hang);
+        point.faults().iter().chain(&gone).map(of).collect::<Vec<_>>()
     });
-    each.filter(|c| options.kind.as_ref().is_none_or(|kind| c.plant.fault.to_string() == *kind))
-        .skip(options.skip)
-        .collect()
+    each.filter(|c| options.kind.as_ref().is_none_or(|kind| c.kind() == *kind)).skip(options.skip).collect()
 }
 
 /// The guest, behind its hosts. It is small, so that a move is short; what its ramdisk leaves behind is no memory that must be sent.
@@ -120,13 +187,20 @@ fn scenario(cases: &[Case]) -> String {
         cases.len(),
         generated::two_hosts("2G")
     );
+    let mut expect = "every-promise = \"pass\"\n";
     for case in cases {
+        if case.gone() {
+            let then = Then::of(&case.plant.point);
+            let _ = write!(text, "\n[[step]]\ngone = {}\n", case.gone_step(then));
+            expect = then.expect();
+            continue;
+        }
         let faults: Vec<String> = case.faults().iter().map(|f| format!("{f:?}")).collect();
         let unfit = if case.lead == Lead::Unfit { ", unfit = true" } else { "" };
         let _ = write!(text, "\n[[step]]\nfault = {{ guest = \"g\", faults = [{}]{unfit} }}\n", faults.join(", "));
     }
-    text.push_str("\n[expect]\nevery-promise = \"pass\"\n");
-    text
+    text.push_str("\n[expect]\n");
+    text + expect
 }
 
 /// Runs all, or lists them.
@@ -144,7 +218,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let runner = Runner::new("faults")?;
     let mut done: Vec<Outcome> = Vec::new();
     while let Some(rest) = cases.get(done.len()..).filter(|rest| !rest.is_empty()) {
-        let chunk = rest.get(..options.chunk.min(rest.len())).unwrap_or(rest);
+        let chunk = rest.get(..together(rest).min(options.chunk)).unwrap_or(rest);
         let outcomes = run_chunk(&runner, done.len(), chunk)?;
         done.extend(outcomes);
     }
@@ -165,7 +239,12 @@ fn describe(case: &Case) -> String {
         Lead::Unfit => " (the destination refuses the guest)".to_owned(),
         lead => lead.plant().map(|lead| format!(" (after {lead})")).unwrap_or_default(),
     };
-    format!("{}{lead}", case.plant)
+    format!("{}={}{lead}", case.plant.point, case.kind())
+}
+
+/// How many of these, from the first on, one pair of hosts can have: what is switched off does not come back.
+fn together(cases: &[Case]) -> usize {
+    if cases.first().is_some_and(Case::gone) { 1 } else { cases.iter().take_while(|case| !case.gone()).count() }
 }
 
 /// Runs a scenario for these; gives the outcome of those that it came to, at least one.
@@ -244,9 +323,25 @@ mod tests {
             "[\"destination.before.send-refuse=cut\"], unfit = true",
             "[\"destination.before.restore=fail\"]",
             "[\"source.before.journal-go=crash\"]",
+            "point = \"source.before.roll-back\", then = \"lost\", faults = [\"destination.before.restore=fail\"], unfit = false }",
+            "point = \"destination.before.send-refuse\", then = \"runs\", faults = [], unfit = true }",
+            "point = \"source.before.send-go\", then = \"waits\", faults = [],",
         ] {
             assert!(text.contains(want), "{want}");
         }
+    }
+
+    #[test]
+    fn what_becomes_of_the_guest_is_said_for_each_point() {
+        let gone = cases(&options(None, Some(GONE)));
+        let count = |then| gone.iter().filter(|case| Then::of(&case.plant.point) == then).count();
+        let all = [Then::Runs, Then::Waits, Then::Diverges, Then::Lost].map(count);
+        assert_eq!(all, [16, 6, 2, 12]);
+        assert_eq!(together(&gone), 1);
+        assert_eq!(describe(gone.first().expect("one")), "source.before.journal-begin=gone");
+        // Nothing that others get over is run on a host that is gone.
+        let both = cases(&options(Some("before.send-go"), None));
+        assert_eq!((together(&both), both.len()), (4, 5));
     }
 
     #[test]

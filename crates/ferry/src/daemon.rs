@@ -455,7 +455,7 @@ fn host_id(dir: &std::path::Path) -> Result<Uuid> {
     }
 }
 
-/// For tests on real hosts: `FERRY_FAULT=<point>=<cut|fail|crash|panic>,…` plants faults, each to happen once; docs/handshake.md
+/// For tests on real hosts: `FERRY_FAULT=<point>=<cut|fail|crash|panic|hang>,…` plants faults, each to happen once; docs/handshake.md
 /// lists the points.
 fn planted_faults() -> Result<Arc<dyn Faults>> {
     let Ok(text) = std::env::var("FERRY_FAULT") else { return Ok(Arc::new(NoFaults)) };

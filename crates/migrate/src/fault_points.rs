@@ -46,7 +46,7 @@ pub struct Point {
 }
 
 impl Point {
-    /// What can happen here. What is done after an action has no way to fail.
+    /// What can happen here that both hosts get over. What is done after an action has no way to fail.
     pub fn faults(&self) -> &'static [Fault] {
         if self.name.contains(".before.") {
             &[Fault::Cut, Fault::Fail, Fault::Crash, Fault::Panic]
@@ -133,7 +133,7 @@ impl fmt::Display for Plant {
 /// Why a text plants no fault.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PlantError {
-    #[error("{0:?} is not <point>=<cut|fail|crash|panic>")]
+    #[error("{0:?} is not <point>=<cut|fail|crash|panic|hang>")]
     Form(String),
     #[error("{0}: there is no such point; docs/handshake.md lists them")]
     Point(String),
@@ -160,6 +160,7 @@ impl fmt::Display for Fault {
             Fault::Fail => "fail",
             Fault::Crash => "crash",
             Fault::Panic => "panic",
+            Fault::Hang => "hang",
         })
     }
 }
@@ -168,7 +169,8 @@ impl FromStr for Fault {
     type Err = ();
 
     fn from_str(text: &str) -> Result<Fault, ()> {
-        [Fault::Cut, Fault::Fail, Fault::Crash, Fault::Panic].into_iter().find(|f| f.to_string() == text).ok_or(())
+        let all = [Fault::Cut, Fault::Fail, Fault::Crash, Fault::Panic, Fault::Hang];
+        all.into_iter().find(|f| f.to_string() == text).ok_or(())
     }
 }
 

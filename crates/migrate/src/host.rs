@@ -69,6 +69,8 @@ pub enum Fault {
     Crash,
     /// The migration's thread panics.
     Panic,
+    /// The migration's thread stands still for ever, until whoever planted it switches the host off.
+    Hang,
 }
 
 /// Asked before and after every action of either machine; the points are listed in docs/handshake.md.
@@ -85,6 +87,9 @@ pub(crate) fn meet(faults: &dyn Faults, point: &str, cut: impl FnOnce()) -> Resu
         None => Ok(false),
         Some(Fault::Crash) => Err(Crashed),
         Some(Fault::Panic) => panic!("planted at {point}"),
+        Some(Fault::Hang) => loop {
+            std::thread::park();
+        },
         Some(Fault::Fail) => Ok(true),
         Some(Fault::Cut) => {
             cut();

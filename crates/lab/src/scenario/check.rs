@@ -109,6 +109,18 @@ fn check_guests(scenario: &Scenario, disks: &Names<'_>) -> Checked {
     Ok(())
 }
 
+/// A planted fault names the host that has it.
+fn sided(fault: &str) -> bool {
+    fault.starts_with("source.") || fault.starts_with("destination.")
+}
+
+fn ferry_on_both(scenario: &Scenario, step: &str, at: &Spanned<String>) -> Checked {
+    if scenario.hosts.iter().filter(|h| h.ferry).count() != 2 || scenario.hosts.len() != 2 {
+        return misfit(at, format!("{step}: it wants two hosts, both with `ferry = true`"));
+    }
+    Ok(())
+}
+
 fn check_steps(scenario: &Scenario, hosts: &Names<'_>, guests: &Names<'_>) -> Checked {
     let mut in_background: HashSet<&str> = HashSet::new();
     for step in &scenario.steps {
@@ -180,12 +192,16 @@ fn check_steps(scenario: &Scenario, hosts: &Names<'_>, guests: &Names<'_>) -> Ch
             }
             Step::Fault(s) => {
                 guests.has("guest", &s.guest)?;
-                if scenario.hosts.iter().filter(|h| h.ferry).count() != 2 || scenario.hosts.len() != 2 {
-                    return misfit(&s.guest, "fault: it wants two hosts, both with `ferry = true`".to_owned());
-                }
-                let sided = |f: &String| f.starts_with("source.") || f.starts_with("destination.");
-                if s.faults.get_ref().is_empty() || !s.faults.get_ref().iter().all(sided) {
+                ferry_on_both(scenario, "fault", &s.guest)?;
+                if s.faults.get_ref().is_empty() || !s.faults.get_ref().iter().all(|fault| sided(fault)) {
                     return misfit(&s.faults, "faults: a list of \"source.…\" and \"destination.…\"".to_owned());
+                }
+            }
+            Step::Gone(s) => {
+                guests.has("guest", &s.guest)?;
+                ferry_on_both(scenario, "gone", &s.guest)?;
+                if !sided(s.point.get_ref()) || !s.faults.iter().all(|fault| sided(fault)) {
+                    return misfit(&s.point, "gone: points are \"source.…\" and \"destination.…\"".to_owned());
                 }
             }
             Step::Put(s) => hosts.has("on", &s.on)?,

@@ -260,6 +260,8 @@ pub enum Step {
     Ferryd(Ferryd),
     /// Move a guest to the other host with a fault planted, and see that exactly one of the two runs it in the end.
     Fault(FaultStep),
+    /// Move a guest to the other host and switch one of the two off at a point of the handshake.
+    Gone(Gone),
     /// Say on a host that the other is fenced, so that the guest of an open migration goes on there.
     Resolve(Resolve),
     /// Stop a whole host (its vCPUs stand still; nothing is lost).
@@ -461,7 +463,7 @@ pub struct Kill {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Ferryd {
     pub on: Spanned<String>,
-    /// Planted in it, as `<point>=<cut|fail|crash|panic>`; gone when it is started again.
+    /// Planted in it, as `<point>=<cut|fail|crash|panic|hang>`; gone when it is started again.
     #[serde(default)]
     pub faults: Vec<String>,
     /// It is started again when it ends.
@@ -482,6 +484,37 @@ pub struct FaultStep {
     /// For the move, and again for both hosts to come to an end with it.
     #[serde(default = "defaults::migrate_limit")]
     pub limit: Span,
+}
+
+/// Move a guest to the other host and switch one of the two off.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Gone {
+    pub guest: Spanned<String>,
+    /// Point of the handshake before which the host that comes to it is switched off.
+    pub point: Spanned<String>,
+    pub then: Then,
+    /// Faults that lead there, as in [`FaultStep`].
+    #[serde(default)]
+    pub faults: Vec<String>,
+    /// As in [`FaultStep`].
+    #[serde(default)]
+    pub unfit: bool,
+    /// For the point to be come to, and again for the other host to come to an end with the move.
+    #[serde(default = "defaults::migrate_limit")]
+    pub limit: Span,
+}
+
+/// What becomes of a guest when a host is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Then {
+    /// The host that is left runs it, and asked nobody.
+    Runs,
+    /// The host that is left holds it until an operator says that the other is fenced.
+    Waits,
+    /// It was on the host that is gone; the other has nothing of it.
+    Lost,
 }
 
 /// `ferry resolve`, first without `--peer-fenced`.
@@ -711,6 +744,7 @@ impl Step {
             Step::Kill(_) => "kill",
             Step::Ferryd(_) => "ferryd",
             Step::Fault(_) => "fault",
+            Step::Gone(_) => "gone",
             Step::Resolve(_) => "resolve",
             Step::PauseHost(_) => "pause-host",
             Step::ResumeHost(_) => "resume-host",

@@ -55,6 +55,7 @@ pub(super) fn describe(executor: &Executor<'_>, step: &Step) -> String {
         Step::Ferryd(s) if s.faults.is_empty() => format!("on {}: start ferryd", s.on.get_ref()),
         Step::Ferryd(s) => format!("on {}: start ferryd with {}", s.on.get_ref(), s.faults.join(", ")),
         Step::Fault(s) => format!("move {} with {}", s.guest.get_ref(), s.faults.get_ref().join(", ")),
+        Step::Gone(s) => format!("move {} and switch a host off at {}", s.guest.get_ref(), s.point.get_ref()),
         Step::Resolve(s) => format!("resolve {} on {}, its peer being fenced", s.guest.get_ref(), s.on.get_ref()),
         Step::PauseHost(s) => format!("pause host {}", s.host.get_ref()),
         Step::ResumeHost(s) => format!("resume host {}", s.host.get_ref()),
@@ -133,6 +134,7 @@ impl Executor<'_> {
             }
             Step::Ferryd(s) => self.ferryd(s.on.get_ref(), &s.faults, s.respawn),
             Step::Fault(s) => self.fault(s),
+            Step::Gone(s) => self.gone(s),
             Step::Resolve(s) => self.resolve(s.guest.get_ref(), s.on.get_ref()),
             Step::PauseHost(s) => self.host(s.host.get_ref())?.pause(),
             Step::ResumeHost(s) => self.host(s.host.get_ref())?.resume(),

@@ -20,10 +20,30 @@ const NOBODY: &str = "/local/domain/32751";
 const IDLE: &str = "s=$(ferry status 2>&1); f=$(find /var/lib/ferry/journal /var/lib/ferry/undo -type f); \
                     [ \"$s\" = 'no migration is under way' ] && [ -z \"$f\" ] || { echo \"$s\"; echo $f; exit 1; }";
 
+/// The two hosts of a move.
+pub(super) struct Ends {
+    pub from: String,
+    pub to: String,
+    /// What the source calls the destination.
+    addr: String,
+}
+
+impl Ends {
+    /// The host on which a fault or a point is.
+    pub fn of(&self, fault: &str) -> &str {
+        if fault.starts_with("source.") { &self.from } else { &self.to }
+    }
+
+    /// The move, for the source's shell.
+    pub fn command(&self, guest: &str) -> String {
+        format!("ferry migrate {} {}", shell_word(guest), self.addr)
+    }
+}
+
 /// A fault that must come to pass.
-struct Planted<'s> {
+pub(super) struct Planted {
     host: String,
-    point: &'s str,
+    point: String,
     /// How often it had before, in the host's log.
     before: u64,
 }
@@ -31,41 +51,62 @@ struct Planted<'s> {
 impl Executor<'_> {
     pub(super) fn fault(&mut self, step: &FaultStep) -> Result<()> {
         let guest = step.guest.get_ref();
-        let from = self.host_of(guest)?.name().to_owned();
-        let there = self.lab.hosts.iter().position(|h| h.name() != from).context("there is no other host")?;
-        let to = self.lab.hosts.get(there).map(|h| h.name().to_owned()).unwrap_or_default();
-        let mut planted = Vec::new();
-        for (side, host) in [("source.", &from), ("destination.", &to)] {
-            let faults: Vec<String> = step.faults.get_ref().iter().filter(|f| f.starts_with(side)).cloned().collect();
-            if !faults.is_empty() {
-                self.ferryd(host, &faults, true)?;
-            }
-        }
-        for fault in step.faults.get_ref() {
-            let host = if fault.starts_with("source.") { &from } else { &to };
-            let point = fault.split_once('=').map_or(fault.as_str(), |(point, _)| point);
-            planted.push(Planted { host: host.clone(), point, before: self.fired(host, point)? });
-        }
+        let ends = self.ends(guest)?;
+        let Ends { from, to, .. } = &ends;
+        let planted = self.plant(&ends, step.faults.get_ref())?;
         if step.unfit {
-            self.shell(&to, &format!("xenstore-write {NOBODY}/name {}", shell_word(guest)))?;
+            self.make_unfit(to, guest)?;
         }
-        let moving = self.begin_move(guest, "ferry migrate", &to)?;
-        let script = format!("ferry migrate {} {}", shell_word(guest), host_addr(there));
-        let ran = self.host(&from)?.shell(&script, step.limit.0)?;
-        let settled = self.wait_done(&[&from, &to], &planted, step.limit.0);
+        let moving = self.begin_move(guest, "ferry migrate", to)?;
+        let ran = self.host(from)?.shell(&ends.command(guest), step.limit.0)?;
+        let settled = self.wait_done(&[from, to], &planted, step.limit.0);
         if step.unfit {
-            self.shell(&to, &format!("xenstore-rm {NOBODY}"))?;
+            self.shell(to, &format!("xenstore-rm {NOBODY}"))?;
         }
-        let moved = self.is_on(guest, &to);
+        let moved = self.is_on(guest, to);
         self.end_move(moving, &ran, moved, None);
         settled.with_context(|| format!("ferry migrate {guest} from {from} to {to}: {}", ran.describe()))?;
         self.must_run_once(guest)?;
-        let now = if moved { &to } else { &from };
+        let now = if moved { to } else { from };
         progress::say(format!("{guest} runs on {now}; ferry migrate: {}", ran.describe()));
         if self.has_witness(guest) {
             self.wait_beats(guest, 2, Duration::from_secs(90))?;
         }
         Ok(())
+    }
+
+    /// Where a guest is, and the other host.
+    pub(super) fn ends(&self, guest: &str) -> Result<Ends> {
+        let from = self.host_of(guest)?.name().to_owned();
+        let there = self.lab.hosts.iter().position(|h| h.name() != from).context("there is no other host")?;
+        let to = self.lab.hosts.get(there).map(|h| h.name().to_owned()).unwrap_or_default();
+        Ok(Ends { from, to, addr: host_addr(there).to_string() })
+    }
+
+    /// Starts the daemons that have a fault anew, with it.
+    pub(super) fn plant(&self, ends: &Ends, faults: &[String]) -> Result<Vec<Planted>> {
+        for host in [&ends.from, &ends.to] {
+            let here: Vec<String> = faults.iter().filter(|fault| ends.of(fault) == host).cloned().collect();
+            if !here.is_empty() {
+                self.ferryd(host, &here, true)?;
+            }
+        }
+        let planted = faults.iter().map(|fault| {
+            let host = ends.of(fault).to_owned();
+            let point = fault.split_once('=').map_or(fault.as_str(), |(point, _)| point).to_owned();
+            Ok(Planted { before: self.fired(&host, &point)?, host, point })
+        });
+        planted.collect()
+    }
+
+    /// Has the preflight of a host refuse a guest.
+    pub(super) fn make_unfit(&self, host: &str, guest: &str) -> Result<()> {
+        self.shell(host, &format!("xenstore-write {NOBODY}/name {}", shell_word(guest))).map(drop)
+    }
+
+    /// True if it has come to pass.
+    pub(super) fn has_fired(&self, planted: &Planted) -> Result<bool> {
+        Ok(self.fired(&planted.host, &planted.point)? > planted.before)
     }
 
     /// The operator's word that the other host is fenced. It must be asked for, and then the guest must go on here.
@@ -95,7 +136,7 @@ impl Executor<'_> {
         Ok(())
     }
 
-    fn shell(&self, host: &str, script: &str) -> Result<String> {
+    pub(super) fn shell(&self, host: &str, script: &str) -> Result<String> {
         let ran = self.host(host)?.shell(script, SHORT)?;
         if !ran.success() {
             bail!("on {host}: {script}: {}", ran.describe());
@@ -110,12 +151,12 @@ impl Executor<'_> {
     }
 
     /// Waits until every fault has come to pass and both daemons are done with the move.
-    fn wait_done(&self, hosts: &[&str], planted: &[Planted<'_>], limit: Duration) -> Result<()> {
+    fn wait_done(&self, hosts: &[&str], planted: &[Planted], limit: Duration) -> Result<()> {
         let end = Instant::now() + limit;
         loop {
             let mut open = Vec::new();
             for fault in planted {
-                if self.fired(&fault.host, fault.point)? <= fault.before {
+                if !self.has_fired(fault)? {
                     open.push(format!("the fault at {} did not come to pass", fault.point));
                 }
             }
@@ -136,7 +177,7 @@ impl Executor<'_> {
         }
     }
 
-    fn ferryd_log(&self, host: &str) -> String {
+    pub(super) fn ferryd_log(&self, host: &str) -> String {
         let text = self.shell(host, &format!("tail -n 25 {}", ferryd::LOG)).unwrap_or_default();
         let lines: String = text.lines().map(|line| format!("\n    | {line}")).collect();
         format!("\n  ferryd on {host}:{lines}")

@@ -27,7 +27,7 @@ pub fn stop() -> String {
     )
 }
 
-/// Starts the daemon with these faults planted (`<point>=<cut|fail|crash|panic>`) and waits until it takes commands. With
+/// Starts the daemon with these faults planted (`<point>=<cut|fail|crash|panic|hang>`) and waits until it takes commands. With
 /// `respawn` it is started again, without faults, whenever it ends.
 pub fn start(faults: &[String], respawn: bool) -> String {
     let daemon = format!("FERRY_LOG=info ferry daemon >> {LOG} 2>&1 < /dev/null");

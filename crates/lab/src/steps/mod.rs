@@ -4,6 +4,7 @@ pub mod copies;
 mod each;
 mod fault;
 pub mod ferryd;
+mod gone;
 pub mod host;
 pub mod plan;
 pub mod race;

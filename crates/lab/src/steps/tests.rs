@@ -273,3 +273,76 @@ fn an_open_migration_is_resolved_only_by_a_statement() {
     let refuses = vec![("ferry resolve", 3, "say so with --peer-fenced")];
     assert!(run(&text, vec![], refuses).result.is_err());
 }
+
+const GONE: &str = "[[step]]\ngone = { guest = \"g\", point = \"POINT\", then = \"THEN\", limit = \"1ms\", faults = [\"destination.before.restore=fail\"] }\n";
+/// What the daemon of the host that is left tells.
+fn status(text: &'static str) -> Answer {
+    ("ferry status --json", 0, text)
+}
+
+fn gone(point: &str, then: &str, a: Vec<Answer>, b: Vec<Answer>) -> Done {
+    let step = GONE.replace("POINT", point).replace("THEN", then);
+    run_with_ferry(&format!("{CREATE}{step}"), a, b)
+}
+
+#[test]
+fn a_host_is_switched_off_at_a_point_and_the_other_goes_on() {
+    let left = || vec![FIRES, status("[]"), ("xl list", 0, ONE)];
+    let done = gone("destination.before.prepare", "runs", left(), vec![FIRES, ("xl domid", 1, "")]);
+    done.result.unwrap();
+    assert!(!done.moves[0].moved);
+    assert!(done.logs[1].contains(&"KILL".to_owned()) && !done.logs[0].contains(&"KILL".to_owned()));
+    let planted = "FERRY_FAULT=destination.before.restore=fail,destination.before.prepare=hang ";
+    assert!(done.logs[1].iter().any(|s| s.contains(planted)), "{:?}", done.logs[1]);
+    // The destination is left: the guest arrived.
+    let done = gone("source.before.destroy", "runs", vec![FIRES], left());
+    done.result.unwrap();
+    assert!(done.moves[0].moved && done.logs[0].contains(&"KILL".to_owned()));
+    // The daemon that is left does not know, or the guest stands still, or two are there.
+    let fails = |a| {
+        let done = gone("destination.before.prepare", "runs", a, vec![FIRES, ("xl domid", 1, "")]);
+        format!("{:#}", done.result.unwrap_err())
+    };
+    let error = fails(vec![FIRES, status(r#"[{"state": "copying"}]"#), ("xl list", 0, ONE)]);
+    assert!(error.contains("b was switched off at destination.before.prepare"), "{error}");
+    assert!(error.contains("copying"), "{error}");
+    let paused = "g 1 256 1 --p--- 7.0\n";
+    assert!(fails(vec![FIRES, status("[]"), ("xl list", 0, paused)]).contains("has not come to Runs"));
+    let two = "g 1 256 1 r----- {n}.0\ng--incoming 2 256 1 r----- {n}.0\n";
+    assert!(fails(vec![FIRES, status("[]"), ("xl list", 0, two)]).contains("must have 1 copies"));
+    let undo = ("find /var/lib/ferry/undo", 0, "/var/lib/ferry/undo/x");
+    assert!(fails(vec![FIRES, status("[]"), undo, ("xl list", 0, ONE)]).contains("has still to undo"));
+    let never = gone("source.before.freeze", "lost", vec![("grep -cF", 0, "0\n")], vec![FIRES]);
+    assert!(format!("{:#}", never.result.unwrap_err()).contains("the point was not come to"));
+    assert!(!never.logs[0].contains(&"KILL".to_owned()));
+}
+
+#[test]
+fn a_guest_that_was_on_the_host_that_is_gone_leaves_nothing_behind() {
+    let none: Answer = ("xl list 'g'", 1, "");
+    let lost = |b| gone("source.before.freeze", "lost", vec![FIRES], b).result;
+    assert!(lost(vec![FIRES, status("[]"), none]).is_ok());
+    let shell = lost(vec![FIRES, status("[]"), none, ("xl list", 0, "g--incoming 1 256 1 --p--- 0.0\n")]);
+    assert!(format!("{:#}", shell.unwrap_err()).contains("must have 0 copies"));
+}
+
+#[test]
+fn who_can_not_know_waits_for_the_operator() {
+    let says: Answer = ("ferry resolve 'g' --peer-fenced", 0, "");
+    let asks: Answer = ("ferry resolve", 3, "say so with --peer-fenced");
+    let waits = |state, answers: &[Answer]| {
+        let left = [FIRES, status(state)].iter().chain(answers).copied().collect();
+        gone("destination.before.start", "waits", left, vec![FIRES, ("xl domid", 1, "")]).result
+    };
+    // It stays paused whatever is said.
+    let stuck = [says, asks, ("xl list", 0, "g 1 256 1 --p--- 7.0\n")];
+    assert!(format!("{:#}", waits(r#"[{"state": "left"}]"#, &stuck).unwrap_err()).contains("has not come to Waits"));
+    let at_once = [("ferry resolve", 0, ""), ("xl list", 0, "g 1 256 1 --p--- 7.0\n")];
+    let error = format!("{:#}", waits(r#"[{"state": "committed"}]"#, &at_once).unwrap_err());
+    assert!(error.contains("without --peer-fenced it must be refused"), "{error}");
+    // It does not stand still while nobody has decided.
+    let runs = [says, asks, ("xl list", 0, ONE)];
+    assert!(
+        format!("{:#}", waits(r#"[{"state": "committed"}]"#, &runs).unwrap_err()).contains("has not come to Waits")
+    );
+}
