@@ -242,6 +242,7 @@ impl Daemon {
             time: Duration::from_secs(request.max_time_s.unwrap_or(config.max_time_s)),
             rounds: config.rounds,
             fixed: fixed.unwrap_or(Duration::from_millis(config.fixed_blackout_ms)),
+            after: self.learned.after(&request.host),
         }
     }
 

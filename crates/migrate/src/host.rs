@@ -39,8 +39,8 @@ impl std::fmt::Debug for Host {
 pub struct Timeouts {
     /// For the answer to an offer: the destination makes the shell and its devices meanwhile.
     pub accept: Duration,
-    /// For `Ready`, with the guest paused, whatever the limit for its downtime is: no less, and no more.
-    pub ready: (Duration, Duration),
+    /// From the pause to `Ready` at most, if the limit for the guest's downtime is not less anyhow.
+    pub ready: Duration,
     /// Between two attempts to reach the peer again.
     pub reconnect: Duration,
     /// A peer from which nothing is heard for so long, though it was asked, is taken for unreachable.
@@ -51,7 +51,7 @@ impl Default for Timeouts {
     fn default() -> Self {
         Timeouts {
             accept: Duration::from_secs(120),
-            ready: (Duration::from_secs(3), Duration::from_secs(60)),
+            ready: Duration::from_secs(60),
             reconnect: Duration::from_secs(1),
             silence: Duration::from_secs(15),
         }

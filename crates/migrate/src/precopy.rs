@@ -15,6 +15,9 @@ pub struct Limits {
     pub rounds: u32,
     /// What the blackout takes besides sending pages: measured on these two hosts by migrations before, or the configuration's guess.
     pub fixed: Duration,
+    /// The part of `fixed` that comes when the other host has restored the guest: the commit, its backends, the unpause. Nothing if it was
+    /// never measured.
+    pub after: Duration,
 }
 
 impl Default for Limits {
@@ -24,6 +27,7 @@ impl Default for Limits {
             time: Duration::from_secs(3600),
             rounds: 30,
             fixed: Duration::from_millis(50),
+            after: Duration::ZERO,
         }
     }
 }
@@ -33,9 +37,6 @@ const FEW: u64 = 64;
 
 /// A round is worth it while the pages that are left would make the blackout longer by this part of what it takes anyhow.
 const WORTH: u32 = 4;
-
-/// The blackout may take so many times what was expected of it, if the operator's limit is not more anyhow.
-const EXPECTED_TIMES: u32 = 4;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Judgement {
@@ -184,13 +185,24 @@ impl Precopy {
         Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX))
     }
 
-    /// How long the guest may be paused before the move is given up because the other host, or the way there, is too slow: what the operator
-    /// allows, and several times what was expected, since a move that is nearly done is worth a little more.
-    pub fn patience(&self, least: Duration, most: Duration) -> Duration {
-        // Before the last round what is left; after it, when nothing is, what it was.
-        let pages = if self.dirty > 0 { self.dirty } else { self.pages };
-        let expected = self.limits.fixed + self.time_to_send(pages);
-        self.limits.downtime.max(expected * EXPECTED_TIMES).clamp(least, most.max(least))
+    /// How long after the pause the other host must have restored the guest: what comes then takes its time too. `most` is the longest that
+    /// is ever waited, whatever the operator allows.
+    pub fn until_restored(&self, most: Duration) -> Duration {
+        self.limits.downtime.saturating_sub(self.limits.after).min(most)
+    }
+
+    /// The last look before the commit: why the guest, which was away for so long when the other host had restored it, can't be back in time.
+    pub fn restored_too_late(&self, away: Duration) -> Option<String> {
+        let Limits { downtime, after, .. } = self.limits;
+        (away + after > downtime).then(|| {
+            format!(
+                "the guest was away for {} ms when the other host had restored it, and its start there takes about {} ms more, so the blackout \
+                 would be longer than the limit of {} ms; raise --downtime-limit, or look what keeps the two hosts busy",
+                away.as_millis(),
+                after.as_millis(),
+                downtime.as_millis()
+            )
+        })
     }
 
     /// After the pause, with the true number of pages left: why this would break the limit.
@@ -252,20 +264,21 @@ mod tests {
     }
 
     #[test]
-    fn patience_is_what_the_operator_allows_or_a_few_times_what_was_expected() {
-        let (least, most) = (Duration::from_secs(3), Duration::from_secs(60));
-        let of = |downtime, fixed| {
-            let limits = Limits {
-                downtime: Duration::from_millis(downtime),
-                fixed: Duration::from_millis(fixed),
-                ..Limits::default()
-            };
-            Precopy::new(limits).patience(least, most).as_millis()
+    fn what_comes_after_the_restoring_is_kept_free_for_it() {
+        let of = |downtime, after| {
+            let ms = Duration::from_millis;
+            Precopy::new(Limits { downtime: ms(downtime), after: ms(after), ..Limits::default() })
         };
-        assert_eq!(of(300, 50), 3000);
-        assert_eq!(of(5000, 50), 5000);
-        assert_eq!(of(300, 1500), 6000);
-        assert_eq!(of(600_000, 50), 60_000);
+        let most = Duration::from_secs(60);
+        let until = |downtime, after| of(downtime, after).until_restored(most).as_millis();
+        assert_eq!([until(300, 0), until(300, 120), until(300, 400), until(600_000, 50)], [300, 180, 0, 60_000]);
+        let late = |away| of(300, 120).restored_too_late(Duration::from_millis(away));
+        assert_eq!(late(180), None);
+        let why = late(181).expect("it is too late");
+        assert!(
+            why.contains("was away for 181 ms") && why.contains("120 ms more") && why.contains("limit of 300 ms"),
+            "{why}"
+        );
     }
 
     #[test]

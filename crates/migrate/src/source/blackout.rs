@@ -33,8 +33,8 @@ impl Run {
             return Err(Trouble::new("somebody has paused it while its memory was copied"));
         }
         // A peer that takes nothing more holds up the sending for half a minute else.
-        let patience = self.patience();
-        let fuse = self.link.as_ref().map(|link| link.close_after(patience)).transpose()?;
+        let most = self.precopy.until_restored(self.host.timeouts.ready);
+        let fuse = self.link.as_ref().map(|link| link.close_after(most)).transpose()?;
         let timeline = self.timeline.insert(Timeline::start(Place::Source));
         self.freeze = Some(Freeze::default());
         for _ in 0..PAUSES {
@@ -73,9 +73,7 @@ impl Run {
         });
         let last = self.last_pages(&bitmap)?;
         self.mark("capture the hypervisor's state");
-        if let Some(why) =
-            self.precopy.too_late(self.timeline.as_ref().map(Timeline::elapsed).unwrap_or_default(), last.len() as u64)
-        {
+        if let Some(why) = self.precopy.too_late(self.away(), last.len() as u64) {
             self.ending = Ending::GivenUp;
             return Err(Trouble::new(why));
         }

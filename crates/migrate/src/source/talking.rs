@@ -3,7 +3,7 @@
 use super::offering::unreachable_peer;
 use super::{GoDetails, Input, LEAST_PAUSE, PING_EVERY, REPEAT_AFTER, Run, StepsDetails, WhyDetails};
 use crate::handshake::{Denied, SourceAction, SourceEvent, SourceState, ToDestination, ToSource};
-use crate::report::{Ending, Silence};
+use crate::report::{Ending, Silence, Timeline};
 use crate::trouble::{Doing, Result, Trouble};
 use crate::wire::{Frame, Said};
 use std::time::{Duration, Instant};
@@ -148,16 +148,18 @@ impl Run {
     fn limit(&self) -> Option<Duration> {
         match self.machine.state() {
             SourceState::Offering => Some(self.host.timeouts.accept),
-            // What the guest has been paused for already is not counted: that it was not too long has been looked at.
-            SourceState::AwaitingReady => Some(self.patience()),
+            // It counts from the pause, of which a part was over when this wait began.
+            SourceState::AwaitingReady => {
+                let before = self.away().saturating_sub(self.waiting_since.elapsed());
+                Some(self.precopy.until_restored(self.host.timeouts.ready).saturating_sub(before))
+            }
             _ => None,
         }
     }
 
-    /// How long any one wait may last while the guest is paused.
-    pub(super) fn patience(&self) -> Duration {
-        let (least, most) = self.host.timeouts.ready;
-        self.precopy.patience(least, most)
+    /// How long the guest has been paused.
+    pub(super) fn away(&self) -> Duration {
+        self.timeline.as_ref().map(Timeline::elapsed).unwrap_or_default()
     }
 
     /// Time passes while waiting for the peer, also while that says what changes nothing.
@@ -166,11 +168,18 @@ impl Run {
         if let Some(limit) = self.limit()
             && self.waiting_since.elapsed() >= limit
         {
-            let todo = match self.machine.state() {
-                SourceState::AwaitingReady => "; raise --downtime-limit, or look what keeps that host busy",
-                _ => "",
+            let why = if self.machine.state() == SourceState::AwaitingReady {
+                self.ending = Ending::GivenUp;
+                format!(
+                    "{} had not restored the guest {} ms after its pause, so the blackout would be longer than its limit allows; raise \
+                     --downtime-limit, or look what keeps that host busy",
+                    self.peer,
+                    self.away().as_millis()
+                )
+            } else {
+                format!("{} did not answer in {limit:?}", self.peer)
             };
-            self.why.get_or_insert_with(|| format!("{} did not answer in {limit:?}{todo}", self.peer));
+            self.why.get_or_insert(why);
             return Some(SourceEvent::Failed);
         }
         if self.link.is_some() {
@@ -276,6 +285,11 @@ impl Run {
                 }
                 if let Err(error) = self.still_held() {
                     self.why = Some(error.to_string());
+                    return Some(SourceEvent::Failed);
+                }
+                if let Some(why) = self.precopy.restored_too_late(self.away()) {
+                    self.ending = Ending::GivenUp;
+                    self.why = Some(why);
                     return Some(SourceEvent::Failed);
                 }
             }
