@@ -6,7 +6,7 @@
 
 use crate::generated::{self, Runner};
 use anyhow::{Result, bail};
-use migrate::fault_points::{self, Lead, Plant};
+use migrate::fault_points::{self, Lead, Plant, Side};
 use migrate::host::Fault;
 use serde_json::Value;
 use std::fmt::Write as _;
@@ -196,7 +196,12 @@ fn scenario(cases: &[Case]) -> String {
         }
         let faults: Vec<String> = case.faults().iter().map(|f| format!("{f:?}")).collect();
         let unfit = if case.lead == Lead::Unfit { ", unfit = true" } else { "" };
-        let _ = write!(text, "\n[[step]]\nfault = {{ guest = \"g\", faults = [{}]{unfit} }}\n", faults.join(", "));
+        let on = match fault_points::guest_is_on(&case.plant) {
+            Some(Side::Source) => ", guest-on = \"source\"",
+            Some(Side::Destination) => ", guest-on = \"destination\"",
+            None => "",
+        };
+        let _ = write!(text, "\n[[step]]\nfault = {{ guest = \"g\", faults = [{}]{unfit}{on} }}\n", faults.join(", "));
     }
     text.push_str("\n[expect]\n");
     text + expect
@@ -319,8 +324,10 @@ mod tests {
         let text = scenario(&all);
         for want in [
             "[\"destination.before.restore=fail\", \"source.after.roll-back=crash\"]",
-            "[\"destination.before.send-refuse=cut\"], unfit = true",
-            "[\"destination.before.restore=fail\"]",
+            "[\"destination.before.send-refuse=cut\"], unfit = true, guest-on = \"source\"",
+            "[\"destination.before.restore=fail\"], guest-on = \"source\"",
+            "[\"destination.before.start=cut\"], guest-on = \"destination\"",
+            "[\"destination.after.send-ready=cut\"] }",
             "[\"source.before.journal-go=crash\"]",
             "point = \"source.before.roll-back\", then = \"lost\", faults = [\"destination.before.restore=fail\"], unfit = false }",
             "point = \"destination.before.send-refuse\", then = \"runs\", faults = [], unfit = true }",

@@ -36,6 +36,13 @@ impl Lead {
     }
 }
 
+/// One of the two hosts of a move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    Source,
+    Destination,
+}
+
 /// A point of the handshake.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Point {
@@ -53,6 +60,34 @@ impl Point {
         } else {
             &[Fault::Cut, Fault::Crash]
         }
+    }
+}
+
+/// Where the guest is when both hosts are done with a move in which this happened, each host's daemon having been started again if it was
+/// gone: on the source if it happened before the commit. `None`: on either.
+pub fn guest_is_on(plant: &Plant) -> Option<Side> {
+    let points = all();
+    let index = |name: &str| points.iter().position(|point| point.name == name);
+    let (at, commit) = (index(&plant.point)?, index("source.before.journal-go")?);
+    if points.get(at)?.lead != Lead::None {
+        return Some(Side::Source);
+    }
+    match (plant.point.as_str(), plant.fault) {
+        (_, Fault::Hang) => None,
+        // `Ready` may be on its way or not.
+        ("destination.after.send-ready", _) => None,
+        // The source has all that it needs to commit, and comes again.
+        ("source.before.journal-go", Fault::Cut) => Some(Side::Destination),
+        ("source.before.journal-go", _) => Some(Side::Source),
+        // It could not be started there, and is given back.
+        (
+            "destination.before.journal-accepted"
+            | "destination.before.connect"
+            | "destination.before.journal-starting",
+            Fault::Fail,
+        ) => Some(Side::Source),
+        _ if at < commit => Some(Side::Source),
+        _ => Some(Side::Destination),
     }
 }
 

@@ -4,6 +4,7 @@ use hypervisor::{Affinity, CpuPool, DomId, Gfn, GtPortKind, Hypervisor, Share};
 use migrate::Limits;
 use migrate::command::NotDone;
 use migrate::destination::{Destinations, role_of};
+use migrate::fault_points::{Plant, Side, guest_is_on};
 use migrate::handshake::{Denied, SourceState, ToDestination, ToSource};
 use migrate::host::{Fault, Faults, Host, Timeouts};
 use migrate::journal::{Journal, Role};
@@ -534,6 +535,9 @@ fn one_fault(point: &str, fault: Fault) {
     wait(&format!("{what}: one copy to run"), || lab.runs_on().len() == 1 && idle(&lab));
     let n = if lab.runs_on() == ["a"] { 0 } else { 1 };
     println!("{what}: on {}", ["a", "b"][n]);
+    if let Some(side) = guest_is_on(&Plant { point: point.into(), fault }) {
+        assert_eq!(n, usize::from(side == Side::Destination), "{what}");
+    }
     lab.settled_on(n);
 }
 

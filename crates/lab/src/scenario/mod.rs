@@ -471,6 +471,14 @@ pub struct Ferryd {
     pub respawn: bool,
 }
 
+/// One of the two hosts of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    Source,
+    Destination,
+}
+
 /// Move a guest to the other host with faults planted.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -481,6 +489,8 @@ pub struct FaultStep {
     /// The destination's preflight refuses the guest: its name is taken there.
     #[serde(default)]
     pub unfit: bool,
+    /// Where it must be in the end; on either if nothing is said.
+    pub guest_on: Option<Side>,
     /// For the move, and again for both hosts to come to an end with it.
     #[serde(default = "defaults::migrate_limit")]
     pub limit: Span,

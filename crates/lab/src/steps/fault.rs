@@ -9,7 +9,7 @@ use super::host::End;
 use super::plan::{host_addr, shell_word};
 use super::{Executor, ferryd};
 use crate::progress;
-use crate::scenario::FaultStep;
+use crate::scenario::{FaultStep, Side};
 
 /// Time between two looks whether the daemons are done.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -67,7 +67,17 @@ impl Executor<'_> {
         self.end_move(moving, &ran, moved, None);
         settled.with_context(|| format!("ferry migrate {guest} from {from} to {to}: {}", ran.describe()))?;
         self.must_run_once(guest)?;
+        let wanted = step.guest_on.map(|side| if side == Side::Destination { to } else { from });
         let now = if moved { to } else { from };
+        if wanted.is_some_and(|wanted| wanted != now) {
+            bail!(
+                "{guest} must be on the {:?} in the end, not on {now}: {}{}{}",
+                step.guest_on.unwrap_or(Side::Source),
+                ran.describe(),
+                self.ferryd_log(from),
+                self.ferryd_log(to)
+            );
+        }
         progress::say(format!("{guest} runs on {now}; ferry migrate: {}", ran.describe()));
         if self.has_witness(guest) {
             self.wait_beats(guest, 2, Duration::from_secs(90))?;

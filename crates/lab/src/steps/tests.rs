@@ -250,6 +250,17 @@ fn a_fault_must_come_to_pass_and_be_resolved() {
 }
 
 #[test]
+fn a_guest_that_is_on_the_wrong_host_after_a_fault_is_an_error() {
+    let on = |side: &str| {
+        let text = format!("{CREATE}{}", FAULT.replace("limit", &format!("guest-on = \"{side}\", limit")));
+        run_with_ferry(&text, vec![FIRES, ("xl list", 0, ONE)], vec![("xl domid", 1, "")]).result
+    };
+    assert!(on("source").is_ok());
+    let error = format!("{:#}", on("destination").unwrap_err());
+    assert!(error.contains("g must be on the Destination in the end, not on a"), "{error}");
+}
+
+#[test]
 fn two_copies_or_none_after_a_fault_are_an_error() {
     let text = format!("{CREATE}{FAULT}");
     let fails = |a, b| format!("{:#}", run_with_ferry(&text, a, b).result.unwrap_err());
