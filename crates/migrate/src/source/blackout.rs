@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 /// be carried out. Paused then, it would have been silent for longer than its blackout.
 const BREATH: Duration = Duration::from_millis(20);
 
+/// Only a write that is stuck is ended by closing the connection: where the limit is just missed, what looks at the limit says so.
+const STUCK: Duration = Duration::from_secs(1);
+
 impl Run {
     pub(super) fn freeze(&mut self) -> Result<()> {
         let hv = self.host.hypervisor.clone();
@@ -33,7 +36,7 @@ impl Run {
             return Err(Trouble::new("somebody has paused it while its memory was copied"));
         }
         // A peer that takes nothing more holds up the sending for half a minute else.
-        let most = self.precopy.until_restored(self.host.timeouts.ready);
+        let most = self.precopy.until_restored(self.host.timeouts.ready) + STUCK;
         let fuse = self.link.as_ref().map(|link| link.close_after(most)).transpose()?;
         let timeline = self.timeline.insert(Timeline::start(Place::Source));
         self.freeze = Some(Freeze::default());
