@@ -100,6 +100,30 @@ const FIGURES: [(&str, &str, usize, Figure); 9] = [
 ];
 const SILENCE: Figure = |m| m.silence;
 
+/// A promise, and the figures that it is about: the medians, or one of each move.
+#[derive(Debug, PartialEq)]
+pub struct Judged {
+    what: String,
+    figures: Vec<f64>,
+    within: [f64; 2],
+}
+
+impl Judged {
+    /// Something was measured, and all of it is within.
+    pub fn holds(&self) -> bool {
+        let [least, most] = self.within;
+        !self.figures.is_empty() && self.figures.iter().all(|figure| (least..=most).contains(figure))
+    }
+}
+
+impl std::fmt::Display for Judged {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let figures: Vec<String> = self.figures.iter().map(|figure| format!("{figure:.3}")).collect();
+        let word = if self.holds() { "pass" } else { "FAIL" };
+        write!(f, "{word}  {}: {}", self.what, figures.join(" "))
+    }
+}
+
 /// All moves of a run.
 #[derive(Debug)]
 pub struct Figures {
@@ -152,6 +176,27 @@ impl Figures {
     fn large_of_small(&self, figure: Figure) -> Option<f64> {
         let [small, large] = SIZES.each_ref().map(|size| self.median(size.name, false, figure));
         ratio(large, small)
+    }
+
+    /// What is promised of these figures, with what was measured.
+    pub fn judged(&self) -> Vec<Judged> {
+        let of_stock = SIZES.iter().map(|size| Judged {
+            what: format!("{}: silence at most a third of stock xl's", size.title),
+            figures: self.of_stock(size.name).into_iter().collect(),
+            within: [0.0, 1.0 / 3.0],
+        });
+        let [small, large] = SIZES.each_ref().map(|size| size.title);
+        let alike = Judged {
+            what: format!("silence of {large} within 20 % of that of {small}"),
+            figures: self.large_of_small(SILENCE).into_iter().collect(),
+            within: [0.8, 1.2],
+        };
+        let accounted = SIZES.iter().map(|size| Judged {
+            what: format!("{}: the report within 10 % of what the peer saw", size.title),
+            figures: self.of(size.name, false).filter_map(Moved::accounted).collect(),
+            within: [0.9, 1.1],
+        });
+        of_stock.chain([alike]).chain(accounted).collect()
     }
 
     /// Every step that a move of Ferry's had, in the order of the blackout.
@@ -311,6 +356,29 @@ mod tests {
         assert_eq!(row(&text, "blackout, 1 GiB/256 MiB"), ["1.136"]);
         assert_eq!(row(&text, "source      pause"), ["200.0", "200.0"]);
         assert_eq!(row(&text, "destination connect"), ["900.0", "1050.0"]);
+    }
+
+    #[test]
+    fn what_is_promised_is_held_against_every_figure() {
+        let judged = Figures::read(&run()).expect("figures").judged();
+        let holds: Vec<bool> = judged.iter().map(Judged::holds).collect();
+        // The small guest's third move reports 1.045 of what its peer saw, and no move 0.95.
+        assert_eq!(holds, [true, true, true, true, true], "{judged:?}");
+        assert_eq!(judged[0].to_string(), "pass  256 MiB: silence at most a third of stock xl's: 0.250");
+        let mut report = run();
+        report["moves"][3]["udp_silence"] = json!(1.3);
+        report["moves"][4]["udp_silence"] = json!(3.0);
+        let judged = Figures::read(&report).expect("figures").judged();
+        let wrong: Vec<String> = judged.iter().filter(|j| !j.holds()).map(ToString::to_string).collect();
+        assert_eq!(
+            wrong,
+            [
+                "FAIL  256 MiB: silence at most a third of stock xl's: 0.433",
+                "FAIL  256 MiB: the report within 10 % of what the peer saw: 0.950 0.983 0.885"
+            ]
+        );
+        let nothing = Figures::read(&json!({"moves": []})).expect("figures").judged();
+        assert!(nothing.iter().all(|j| !j.holds()), "what was not measured does not hold");
     }
 
     #[test]
