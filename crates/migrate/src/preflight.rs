@@ -201,6 +201,9 @@ pub fn remarks(here: &HostInfo, offer: &Offer) -> Vec<String> {
     if same { Vec::new() } else { vec![text()] }
 }
 
+/// The domain that has all backends of a host: dom0. The guest has it in its store, its grants and its ports.
+const BACKEND_DOMID: u16 = 0;
+
 /// The destination's side. Empty: it fits.
 pub fn destination(host: &Host, offer: &Offer) -> Result<Vec<String>> {
     let hv = &*host.hypervisor;
@@ -225,6 +228,15 @@ pub fn destination(host: &Host, offer: &Offer) -> Result<Vec<String>> {
     }
     if let Some(taken) = hv.domains()?.iter().find(|d| d.uuid == identity.uuid && d.domid != identity.domid) {
         why.push(format!("uuid {} is taken on {} by domain {}", identity.uuid, host.name, taken.domid));
+    }
+    for device in offer.devices.iter().filter(|device| device.backend_domid != BACKEND_DOMID) {
+        why.push(format!(
+            "{}: its backend is in domain {} on {}, and would be in domain {BACKEND_DOMID} here, which the guest would notice; give it a backend \
+             in that domain",
+            device.title(),
+            device.backend_domid,
+            offer.host
+        ));
     }
     if (here.version.major, here.version.minor) != (offer.xen.major, offer.xen.minor) {
         why.push(format!(

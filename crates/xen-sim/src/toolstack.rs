@@ -7,7 +7,7 @@ use migrate::guest::{Device, GuestKind, Identity, Offer};
 use migrate::toolstack::{Description, Luggage, Packets, StoreNode, Toolstack};
 use migrate::{Result, Trouble};
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 
@@ -38,6 +38,8 @@ pub struct SimToolstack {
     pools: Arc<Mutex<BTreeMap<u32, String>>>,
     /// What [`Toolstack::fits`] answers, for tests of refusals.
     pub lacks: Vec<String>,
+    /// Domain of the guests' backends.
+    backend_domid: Arc<AtomicU16>,
     /// The store answers nobody.
     hangs: Arc<AtomicBool>,
     /// Stock tools save or migrate guests.
@@ -51,6 +53,7 @@ impl SimToolstack {
             guests: Arc::default(),
             pools: Arc::default(),
             lacks: Vec::new(),
+            backend_domid: Arc::default(),
             hangs: Arc::default(),
             saving: Arc::default(),
         }
@@ -77,6 +80,11 @@ impl SimToolstack {
     /// From now on stock tools are at work on the guests, or no longer.
     pub fn save(&self, saving: bool) {
         self.saving.store(saving, Ordering::SeqCst);
+    }
+
+    /// From now on the guests' backends are in this domain.
+    pub fn serve_from(&self, domid: u16) {
+        self.backend_domid.store(domid, Ordering::SeqCst);
     }
 
     fn store(&self) -> Result<MutexGuard<'_, BTreeMap<DomId, Guest>>> {
@@ -107,7 +115,7 @@ impl Toolstack for SimToolstack {
             devices: vec![Device {
                 class: "vif".into(),
                 devid: 0,
-                backend_domid: 0,
+                backend_domid: self.backend_domid.load(Ordering::SeqCst),
                 frontend: format!("/local/domain/{dom}/device/vif/0"),
                 backend: format!("/local/domain/0/backend/vif/{dom}/0"),
                 frontend_state: 4,

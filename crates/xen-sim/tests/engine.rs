@@ -395,7 +395,7 @@ fn a_recording_of_nothing_is_taken_away() {
 #[test]
 fn what_does_not_fit_is_refused_untouched() {
     type Change = fn(&Lab);
-    let cases: [(&str, Change); 10] = [
+    let cases: [(&str, Change); 11] = [
         ("Xen is 4.18.1 here and 4.17.5 on a, and the guest can see that; install the same version on both", |lab| {
             lab.xen[1].set_version(18, ".1")
         }),
@@ -413,6 +413,9 @@ fn what_does_not_fit_is_refused_untouched() {
         ("free memory", |lab| lab.xen[1].set_free_pages(100)),
         ("extension is not loaded on b", |lab| lab.xen[1].set_extension(false)),
         ("no bridge xenbr0", |_| {}),
+        ("vif 0: its backend is in domain 3 on a, and would be in domain 0 here", |lab| {
+            lab.toolstacks[0].serve_from(3)
+        }),
         ("already", |lab| lab.hosts_full()),
     ];
     for (text, change) in cases {
