@@ -80,6 +80,7 @@ fn record() -> GuestRecord {
         created: true,
         first: Some(look(5, 1)),
         copies: vec![copies(vec![listed("b", 2.0)])],
+        console: None,
     }
 }
 
