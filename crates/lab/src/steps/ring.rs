@@ -50,7 +50,7 @@ pub struct Ring {
 
 impl Ring {
     /// A text is typed on the console.
-    pub(super) fn typed(&mut self, at: Duration, text: &str) {
+    pub(crate) fn typed(&mut self, at: Duration, text: &str) {
         self.typing.push_str(text);
         while let Some(end) = self.typing.find(['\n', '\r']) {
             let rest = self.typing.split_off(end + 1);
@@ -62,13 +62,13 @@ impl Ring {
     }
 
     /// The end of a log can't be seen: what is missing until the next report may be in it.
-    pub(super) fn blind(&mut self, why: String) {
+    pub(crate) fn blind(&mut self, why: String) {
         self.asked.clear();
         self.blind = Some(why);
     }
 
     /// Takes a line of the witness; gives the report in it, if it is a whole one.
-    pub(super) fn take<'l>(&mut self, at: Duration, host: &str, line: &'l str) -> Option<&'l str> {
+    pub(crate) fn take<'l>(&mut self, at: Duration, host: &str, line: &'l str) -> Option<&'l str> {
         let bytes = line.len() as u64;
         if !line.starts_with(REPORT_BEGINS) {
             if self.answered(at, host, line) {
