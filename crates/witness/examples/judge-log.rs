@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 use witness::judge::{Calm, Evidence, Outcome, Outside, Window, judge};
 use witness::report::{Body, Snapshot};
-use witness::wire::parse_report;
+use witness::wire::{REPORT_BEGINS, from_console, parse_report};
 
 fn seconds(text: &str) -> Result<u64, String> {
     let s: f64 = text.parse().map_err(|_| format!("{text}: not a number of seconds"))?;
@@ -27,8 +27,8 @@ fn run() -> Result<bool, String> {
     let mut seen = BTreeSet::new();
     let mut snapshots: Vec<Snapshot> = Vec::new();
     let mut anomalies = Vec::new();
-    for line in text.lines().filter(|l| l.starts_with("{\"v\":")) {
-        let Ok(report) = parse_report(line.as_bytes()) else { continue };
+    for line in text.lines().filter(|l| l.starts_with(REPORT_BEGINS)) {
+        let Ok(report) = parse_report(from_console(line).unwrap_or(line).as_bytes()) else { continue };
         if !seen.insert((report.run, report.seq)) {
             continue;
         }

@@ -70,7 +70,7 @@ pub struct Beat {
     pub anomalies: u64,
     /// Anomalies only counted, because too many of the kind had been sent.
     pub anomalies_unsent: u64,
-    /// Reports lost because the queue to the peer was full.
+    /// Reports lost because the queue to the peer was full; that to the console, in a guest without a network.
     pub reports_lost: u64,
 
     /// Store operations done, and those that ended in an error.

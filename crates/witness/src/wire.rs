@@ -166,6 +166,9 @@ pub enum Command {
 }
 
 impl Command {
+    /// All of them.
+    pub const ALL: [Command; 5] = [Command::Report, Command::Quiet, Command::Resume, Command::Finish, Command::Ping];
+
     /// The command's text.
     pub fn text(self) -> &'static str {
         match self {
@@ -179,9 +182,7 @@ impl Command {
 
     /// Reads a command; surrounding white space is ignored.
     pub fn parse(line: &str) -> Option<Command> {
-        [Command::Report, Command::Quiet, Command::Resume, Command::Finish, Command::Ping]
-            .into_iter()
-            .find(|c| c.text() == line.trim())
+        Command::ALL.into_iter().find(|c| c.text() == line.trim())
     }
 
     /// What the witness answers when it has accepted the command: on the console for a typed one, as a datagram for one
@@ -197,6 +198,13 @@ impl Command {
     }
 }
 
+/// What the witness answers on anything that is no command.
+pub const UNKNOWN: &str =
+    "witness: unknown command; there are: report now, quiet, resume workload, stop workload and final report, ping";
+
+/// How a report begins.
+pub const REPORT_BEGINS: &str = "{\"v\":";
+
 /// Why a line is no report.
 #[derive(Debug, thiserror::Error)]
 pub enum ReportError {
@@ -209,11 +217,43 @@ pub enum ReportError {
     /// Another version of the wire form.
     #[error("report is of version {0}, this is {VERSION}")]
     Version(u32),
+    /// A line of a console without a CRC at its end.
+    #[error("no CRC at the line's end")]
+    NoCrc,
+    /// A line of a console whose CRC does not fit.
+    #[error("the line's CRC is {found:#010x}, computed {computed:#010x}")]
+    Crc {
+        /// In the line.
+        found: u32,
+        /// Over its report.
+        computed: u32,
+    },
 }
 
-/// Reads one report: a datagram, or a line with or without its newline.
+/// A report as it goes to the console: the JSON, a space, its CRC-32 (IEEE) in eight hexadecimal digits, a newline.
 ///
-/// On a console other lines stand between the reports; only lines that begin with `{"v":` are worth trying.
+/// JSON out of whose middle some bytes are lost may still be JSON.
+pub fn console_line(report: &[u8]) -> Vec<u8> {
+    let mut line = report.to_vec();
+    line.extend_from_slice(format!(" {:08x}\n", crc32fast::hash(report)).as_bytes());
+    line
+}
+
+/// The JSON in a line of a console, if it came whole. Other lines stand between the reports; only those that begin with
+/// [`REPORT_BEGINS`] are worth trying.
+pub fn from_console(line: &str) -> Result<&str, ReportError> {
+    let (report, sum) = line.trim_end().rsplit_once(' ').ok_or(ReportError::NoCrc)?;
+    let digits = sum.len() == 8 && sum.bytes().all(|b| b.is_ascii_hexdigit());
+    let found = u32::from_str_radix(sum, 16).ok().filter(|_| digits).ok_or(ReportError::NoCrc)?;
+    let computed = crc32fast::hash(report.as_bytes());
+    if found != computed {
+        return Err(ReportError::Crc { found, computed });
+    }
+    Ok(report)
+}
+
+/// Reads one report: a datagram, or a line of the TCP connection with or without its newline. A line of a console goes
+/// through [`from_console`] first.
 pub fn parse_report(bytes: &[u8]) -> Result<Envelope, ReportError> {
     if bytes.len() > MAX_LINE {
         return Err(ReportError::TooLong(bytes.len()));
@@ -291,6 +331,20 @@ mod tests {
     }
 
     #[test]
+    fn a_line_of_a_console_tells_whether_it_came_whole() {
+        let report = br#"{"v":1,"text":"two words","n":123456}"#;
+        let line = String::from_utf8(console_line(report)).unwrap();
+        assert_eq!(from_console(&line).unwrap().as_bytes(), report);
+        assert_eq!(from_console(line.trim_end()).unwrap().as_bytes(), report);
+        // Still JSON, but not what was written.
+        let lost = line.replace("1234", "14");
+        assert!(matches!(from_console(&lost), Err(ReportError::Crc { .. })));
+        for cut in [&line[..line.len() - 2], "{\"v\":1,\"text\":\"two words\"}", "{\"v\":1} +1234567", ""] {
+            assert!(matches!(from_console(cut), Err(ReportError::NoCrc)), "{cut}");
+        }
+    }
+
+    #[test]
     fn too_long_line_is_dropped_and_the_next_one_read() {
         let mut r = LineReader::default();
         assert!(r.push(&vec![b'x'; MAX_LINE * 2]).is_empty());
@@ -312,6 +366,7 @@ mod tests {
 
         #[test]
         fn no_bytes_make_the_readers_fail(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+            let _ = from_console(&String::from_utf8_lossy(&bytes));
             let _ = Frame::decode(&bytes);
             let _ = parse_report(&bytes);
         }

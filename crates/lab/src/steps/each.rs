@@ -443,6 +443,7 @@ impl Executor<'_> {
         if let Some(text) = &step.text {
             let size = host.shell(&format!("stat -c %s {log} 2>/dev/null || echo 0"), SHORT)?;
             from = size.stdout.trim().parse::<u64>().unwrap_or(0);
+            self.note_typed(guest, text);
             let ran = host.shell(&type_text(guest, text), SHORT)?;
             self.must(&ran, "type on the console", host.name(), Some(guest))?;
         }

@@ -1,5 +1,6 @@
 //! Carries out a scenario's steps on hosts, network and peer, and records what happened.
 
+mod console;
 pub mod copies;
 mod each;
 mod fault;
@@ -9,6 +10,7 @@ pub mod host;
 pub mod plan;
 pub mod race;
 mod reach;
+pub mod ring;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -24,6 +26,7 @@ use witness::report::Snapshot;
 
 use self::copies::Copies;
 use self::host::{LabHost, Ran};
+use self::ring::Ring;
 use crate::net::RunClock;
 use crate::net::peer::{Peer, Received};
 use crate::net::ports::Network;
@@ -125,6 +128,8 @@ pub struct GuestRecord {
     /// The first look at it.
     pub first: Option<Received<Snapshot>>,
     pub copies: Vec<Copies>,
+    /// What came on its console, if the witness is reached by it alone.
+    pub console: Option<Ring>,
 }
 
 /// A step that goes on while others are carried out.
@@ -148,7 +153,7 @@ pub struct Executor<'a> {
     /// When a save began, by guest.
     saves: BTreeMap<String, usize>,
     /// Of guests that report on their console only.
-    consoles: BTreeMap<String, reach::ConsoleReader>,
+    consoles: BTreeMap<String, console::Reader>,
 }
 
 impl std::fmt::Debug for Executor<'_> {

@@ -1,7 +1,6 @@
 //! How a witness is reached: by the peer over the network, or, if it has no card, on its console in dom0, whose log is
 //! read into the same records.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -11,32 +10,12 @@ use witness::wire::Command;
 use super::Executor;
 use super::plan::shell_word;
 use crate::net::peer::{GuestView, Received};
+use crate::progress;
 
 /// How long one look into a console's log may take.
 const LOOK: Duration = Duration::from_secs(20);
 /// Time between two looks.
 const PERIOD: Duration = Duration::from_millis(500);
-
-/// What was read of one guest's console so far.
-#[derive(Debug, Default)]
-pub(super) struct ConsoleReader {
-    /// Bytes read of each host's log of it.
-    read: BTreeMap<String, u64>,
-    /// The beginning of a line whose end has not come.
-    partial: String,
-}
-
-impl ConsoleReader {
-    /// Takes what came next and gives the reports that are whole. A report that a kernel message cut in two is none.
-    fn take(&mut self, host: &str, text: &str) -> Vec<String> {
-        *self.read.entry(host.to_owned()).or_default() += text.len() as u64;
-        self.partial.push_str(text);
-        let Some(end) = self.partial.rfind('\n') else { return Vec::new() };
-        let rest = self.partial.split_off(end + 1);
-        let whole = std::mem::replace(&mut self.partial, rest);
-        whole.lines().map(str::trim_end).filter(|line| line.starts_with("{\"v\":")).map(str::to_owned).collect()
-    }
-}
 
 /// Types a text on a guest's console.
 pub(super) fn type_text(guest: &str, text: &str) -> String {
@@ -52,14 +31,27 @@ impl Executor<'_> {
         self.lab.scenario.guest(guest).is_some_and(|g| g.witness && g.vifs.is_empty())
     }
 
-    /// Reads what is new on a guest's console on the host where it is.
+    /// Reads what is new on a guest's console on the host where it is, after what it wrote last on the one where it was.
     pub(super) fn read_console(&mut self, guest: &str) -> Result<()> {
         if !self.by_console(guest) {
             return Ok(());
         }
-        let host = self.host_of(guest)?;
-        let reader = self.consoles.entry(guest.to_owned()).or_default();
-        let from = reader.read.get(host.name()).copied().unwrap_or(0);
+        let host = self.host_of(guest)?.name();
+        let before = self.consoles.get(guest).and_then(|reader| reader.host.clone());
+        if let Some(before) = before.filter(|before| before != host)
+            && let Err(error) = self.read_log(guest, &before)
+        {
+            let why = format!("the end of {guest}'s console on {before} was not seen: {error:#}");
+            progress::say(&why);
+            self.record(guest).console.get_or_insert_default().blind(why);
+        }
+        self.read_log(guest, host)
+    }
+
+    /// Reads what is new in one host's log of a guest's console.
+    fn read_log(&mut self, guest: &str, on: &str) -> Result<()> {
+        let host = self.host(on)?;
+        let from = self.consoles.get(guest).map_or(0, |reader| reader.read(on));
         let log = shell_word(&format!("/var/log/xen/console/guest-{guest}.log"));
         // Base64 keeps the count of bytes exact whatever the guest writes.
         let ran = host.shell(&format!("tail -c +{} {log} 2>/dev/null | base64 -w0", from + 1), LOOK)?;
@@ -68,15 +60,30 @@ impl Executor<'_> {
         };
         // What is no text is no report; the count stays exact, one byte for one.
         let text: String = bytes.iter().map(|b| if b.is_ascii() { char::from(*b) } else { '?' }).collect();
-        for line in reader.take(host.name(), &text) {
-            self.lab.peer.console_report(guest, line.as_bytes());
+        let lines = self.consoles.entry(guest.to_owned()).or_default().take(on, &text);
+        let (now, peer) = (self.lab.clock.now(), self.lab.peer);
+        let ring = self.record(guest).console.get_or_insert_default();
+        for line in lines {
+            if let Some(report) = ring.take(now, on, &line) {
+                peer.console_report(guest, report.as_bytes());
+            }
         }
         Ok(())
     }
 
+    /// Notes what is typed on the console of a guest that is judged by it.
+    pub(super) fn note_typed(&mut self, guest: &str, text: &str) {
+        if self.by_console(guest) {
+            let now = self.lab.clock.now();
+            self.record(guest).console.get_or_insert_default().typed(now, text);
+        }
+    }
+
     fn command_by_console(&mut self, guest: &str, command: Command) -> Result<()> {
         let host = self.host_of(guest)?;
-        let ran = host.shell(&type_text(guest, &format!("{}\n", command.text())), LOOK)?;
+        let text = format!("{}\n", command.text());
+        self.note_typed(guest, &text);
+        let ran = host.shell(&type_text(guest, &text), LOOK)?;
         if !ran.success() {
             bail!("type on {guest}'s console on {}: {}", host.name(), ran.describe());
         }
@@ -167,14 +174,6 @@ fn base64(text: &str) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn reports_are_found_between_other_lines_and_over_two_hosts() {
-        let mut reader = ConsoleReader::default();
-        assert_eq!(reader.take("a", "[  1.0] hello\r\n{\"v\":1}\r\n{\"v\":"), ["{\"v\":1}"]);
-        assert_eq!(reader.take("b", "2}\r\nping\n"), ["{\"v\":2}"]);
-        assert_eq!(reader.read, BTreeMap::from([("a".to_owned(), 29), ("b".to_owned(), 9)]));
-    }
 
     #[test]
     fn base64_is_read() {

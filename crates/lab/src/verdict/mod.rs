@@ -1,6 +1,8 @@
 //! From what was seen inside and outside the guest to each promise of the design: pass, fail or not exercised, with the
 //! evidence.
 
+mod console;
+
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -158,6 +160,7 @@ pub fn judge(seen: &Seen<'_>) -> Vec<Judged> {
         add_move(&mut judged, seen, &title, index);
     }
     add_outside(&mut judged, seen, Stretch::RUN);
+    console::add_console(&mut judged, seen, Stretch::RUN);
     judged
 }
 
@@ -167,7 +170,9 @@ pub fn judge_move(seen: &Seen<'_>, index: usize) -> Vec<Judged> {
     let mut judged = nothing_yet();
     add_move(&mut judged, seen, "", index);
     let began = |index: usize| seen.moves.get(index).map(|m| m.began);
-    add_outside(&mut judged, seen, Stretch { from: began(index).unwrap_or_default(), until: began(index + 1) });
+    let stretch = Stretch { from: began(index).unwrap_or_default(), until: began(index + 1) };
+    add_outside(&mut judged, seen, stretch);
+    console::add_console(&mut judged, seen, stretch);
     judged
 }
 

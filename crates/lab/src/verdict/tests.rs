@@ -1,10 +1,11 @@
-use witness::report::{Beat, Gap, Item};
+use witness::report::{Beat, Body, Envelope, Gap, Item};
 
 use super::*;
 use crate::net::Mac;
 use crate::net::flow::Silence;
 use crate::net::switch::{DoubleSender, PortId, PortReport, StationReport};
 use crate::steps::copies::{Copies, Listed};
+use crate::steps::ring::Ring;
 
 const MAC: Mac = Mac([0, 0x16, 0x3e, 0, 0, 1]);
 
@@ -80,6 +81,7 @@ fn record() -> GuestRecord {
         created: true,
         first: Some(look(5, 1)),
         copies: vec![copies(vec![listed("b", 2.0)])],
+        console: None,
     }
 }
 
@@ -207,4 +209,75 @@ fn a_run_without_a_move_needs_two_looks() {
     };
     let judged = judge(&seen);
     assert_eq!(judged[0].outcome, Outcome::Pass);
+}
+
+/// A console on which reports were read at these seconds from these hosts, after a command each.
+fn console(came: &[(u64, &str, u64)]) -> Ring {
+    let mut ring = Ring::default();
+    came.iter().for_each(|line| report_on(&mut ring, line));
+    ring
+}
+
+fn report_on(ring: &mut Ring, &(at, host, seq): &(u64, &str, u64)) {
+    let body = Body::Snapshot(Box::new(Snapshot { reason: "x".repeat(1500), ..Snapshot::default() }));
+    let report = Envelope { v: witness::wire::VERSION, run: 7, seq, mono_ns: 0, real_ns: 0, body };
+    let line = witness::wire::console_line(&serde_json::to_vec(&report).unwrap());
+    ring.typed(s(at), "report now\n");
+    ring.take(s(at), host, "witness: report follows");
+    ring.take(s(at), host, std::str::from_utf8(&line).unwrap());
+}
+
+#[test]
+fn the_ring_of_a_guest_with_a_console_only_is_judged_over_both_hosts() {
+    let is = |came: &[(u64, &str, u64)]| {
+        let record = GuestRecord { console: Some(console(came)), ..record() };
+        let judged = outcome(&[a_move(1)], &record, &GuestView::default(), &switch(), Promise::T8);
+        (judged.outcome, judged.evidence.join("\n"))
+    };
+    let (fine, text) = is(&[(18, "a", 1), (19, "a", 2), (25, "a", 3), (26, "b", 4), (40, "b", 5)]);
+    assert_eq!(fine, Outcome::Pass, "{text}");
+    assert!(text.contains("before xl migrate: reports 1 to 2 and 2 answers on a; after it: reports 4 to 5"), "{text}");
+
+    let (lost, text) = is(&[(18, "a", 1), (19, "a", 2), (26, "b", 4), (40, "b", 5)]);
+    assert_eq!(lost, Outcome::Fail);
+    assert!(text.starts_with("console: report 3 did not come: on b came 4 after 2"), "{text}");
+    let (twice, text) = is(&[(18, "a", 1), (19, "a", 2), (26, "b", 2), (40, "b", 3)]);
+    assert_eq!(twice, Outcome::Fail);
+    assert!(text.starts_with("console: report 2 came twice: on b after report 2"), "{text}");
+
+    // Nothing came from the destination, or all was read there.
+    for few in [&[(18, "a", 1), (19, "a", 2), (30, "a", 3)][..], &[(26, "b", 1), (40, "b", 2)], &[]] {
+        assert_eq!(is(few).0, Outcome::NotExercised, "{few:?}");
+    }
+}
+
+#[test]
+fn a_console_does_not_vouch_for_a_disk_nor_for_a_log_that_was_not_read() {
+    let came = [(18, "a", 1), (19, "a", 2), (26, "b", 3), (40, "b", 4)];
+    let is =
+        |record: &GuestRecord| outcome(&[a_move(1)], record, &GuestView::default(), &switch(), Promise::T8).outcome;
+    let mut with_disk = GuestRecord { console: Some(console(&came)), ..record() };
+    let device =
+        witness::report::Device { name: "vbd-51712".to_owned(), state: String::new(), driver: "vbd".to_owned() };
+    with_disk.first.as_mut().unwrap().body.devices.push(device);
+    assert_eq!(is(&with_disk), Outcome::NotExercised);
+
+    let mut ring = console(&came[..2]);
+    ring.blind("a is gone".to_owned());
+    [(26, "b", 4), (40, "b", 5)].iter().for_each(|line| report_on(&mut ring, line));
+    assert_eq!(is(&GuestRecord { console: Some(ring), ..record() }), Outcome::NotExercised);
+}
+
+#[test]
+fn a_fault_of_the_console_counts_to_the_move_in_which_it_was_seen() {
+    let (first, second) =
+        (a_move(1), Move { began: s(60), ended: Some(s(65)), from: "b".into(), to: "a".into(), ..a_move(1) });
+    let came = [(18, "a", 1), (19, "a", 2), (26, "b", 3), (40, "b", 4), (66, "a", 6), (70, "a", 7)];
+    let record = GuestRecord { console: Some(console(&came)), ..record() };
+    let (view, switch) = (GuestView::default(), switch());
+    let moves = vec![&first, &second];
+    let seen = Seen { guest: "g", record: &record, moves, view: &view, switch: &switch, journal: None, last: None };
+    let t8 = |judged: Vec<Judged>| judged.into_iter().find(|j| j.promise == Promise::T8).unwrap().outcome;
+    assert_eq!((t8(judge_move(&seen, 0)), t8(judge_move(&seen, 1))), (Outcome::Pass, Outcome::Fail));
+    assert_eq!(t8(judge(&seen)), Outcome::Fail);
 }

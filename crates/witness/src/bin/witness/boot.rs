@@ -87,6 +87,19 @@ pub fn wait_for(path: &str, most: Duration) -> bool {
     true
 }
 
+/// Has what is typed on the console not written back: it would stand in the middle of a report that is on its way out.
+/// An input that is no terminal writes nothing back.
+pub fn no_echo() {
+    // SAFETY: termios is plain old data, for which all zeros is a value.
+    let mut t: libc::termios = unsafe { std::mem::zeroed() };
+    // SAFETY: `t` is a termios that lives through the call.
+    if unsafe { libc::tcgetattr(libc::STDIN_FILENO, &raw mut t) } == 0 {
+        t.c_lflag &= !libc::ECHO;
+        // SAFETY: as above.
+        let _ = unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &raw const t) };
+    }
+}
+
 fn socket(domain: libc::c_int, kind: libc::c_int, protocol: libc::c_int) -> io::Result<OwnedFd> {
     // SAFETY: socket(2) takes numbers only.
     let fd = unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) };

@@ -32,9 +32,9 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use witness::config::{AtEnd, Config};
+use witness::config::{AtEnd, Config, ConsoleLevel};
 use witness::report::{Body, Final, Hello};
-use witness::wire::Command;
+use witness::wire::{Command, UNKNOWN};
 
 /// How long the guest is left alone after set-up, so that drivers have said what they have to say.
 const SETTLE: Duration = Duration::from_secs(3);
@@ -202,6 +202,9 @@ fn start_beat(ctx: &Arc<Context>, start: Instant) {
 
 /// Lines typed on the console.
 fn read_console(ctx: &Arc<Context>, commands: &Sender<(Command, Option<SocketAddr>)>) {
+    if ctx.config.console == ConsoleLevel::All {
+        boot::no_echo();
+    }
     let (c, commands) = (ctx.clone(), commands.clone());
     spawn("typed", move || {
         for line in std::io::stdin().lock().lines() {
@@ -212,7 +215,7 @@ fn read_console(ctx: &Arc<Context>, commands: &Sender<(Command, Option<SocketAdd
                     let _ = commands.send((command, None));
                 }
                 None if line.trim().is_empty() => {}
-                None => c.reporter.say(traffic::UNKNOWN),
+                None => c.reporter.say(UNKNOWN),
             }
         }
     });

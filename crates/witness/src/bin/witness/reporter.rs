@@ -8,12 +8,11 @@ use std::collections::{HashMap, VecDeque};
 use std::io::Write;
 use std::mem::Discriminant;
 use std::net::{SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::Duration;
 use witness::config::{Config, ConsoleLevel};
 use witness::report::{Body, Envelope, Noticed};
-use witness::wire::{MAX_DATAGRAM, MAX_LINE, Service, VERSION};
+use witness::wire::{MAX_DATAGRAM, MAX_LINE, Service, VERSION, console_line};
 
 /// Anomalies of one type that are sent; the rest is counted.
 const MOST_OF_A_TYPE: u32 = 32;
@@ -66,7 +65,8 @@ impl Queue {
 #[derive(Debug)]
 pub struct Reporter {
     run: u64,
-    seq: AtomicU64,
+    /// The last report's number. Held until the report is in the queues: there too one follows the other.
+    seq: Mutex<u64>,
     console_level: ConsoleLevel,
     peer: SocketAddr,
     udp: OnceLock<UdpSocket>,
@@ -79,7 +79,7 @@ impl Reporter {
     pub fn new(config: &Config, run: u64) -> Reporter {
         Reporter {
             run,
-            seq: AtomicU64::new(0),
+            seq: Mutex::new(0),
             console_level: config.console,
             peer: SocketAddrV4::new(config.peer, Service::Report.port(config.port)).into(),
             udp: OnceLock::new(),
@@ -119,7 +119,6 @@ impl Reporter {
     }
 
     pub fn send(&self, body: Body, counters: &Counters) {
-        let seq = self.seq.fetch_add(1, Ordering::Relaxed) + 1;
         let console = match &body {
             Body::Hello(_) | Body::Anomaly(_) => self.console_level >= ConsoleLevel::Events,
             Body::Beat(b) => {
@@ -147,33 +146,45 @@ impl Reporter {
             Body::Snapshot(_) | Body::Final(_) => (false, true),
             Body::Hello(_) | Body::Beat(_) | Body::Anomaly(_) => (true, true),
         };
-        let line = Arc::new(self.line(seq, body));
-        if line.len() > MAX_LINE {
+        // Who reads the console alone takes a number that is missing there for a report that got lost.
+        if !console && !to_network {
+            return;
+        }
+        let mut last = lock(&self.seq);
+        let seq = *last + 1;
+        let report = self.report(seq, body);
+        if report.len() >= MAX_LINE {
             counters.reports_lost.add(1);
             return;
         }
+        *last = seq;
         if udp
-            && line.len() <= MAX_DATAGRAM
+            && report.len() < MAX_DATAGRAM
             && let Some(socket) = self.udp.get()
         {
-            let _ = socket.send_to(&line, self.peer);
+            let _ = socket.send_to(&report, self.peer);
         }
-        if tcp && to_network && !self.tcp.push(line.clone()) {
-            counters.reports_lost.add(1);
-        }
+        let mut lost = false;
         if console {
-            let line = short_final.map_or(line, |body| Arc::new(self.line(seq, body)));
-            self.console.push(line);
+            let short = short_final.map(|body| self.report(seq, body));
+            let room = self.console.push(Arc::new(console_line(short.as_ref().unwrap_or(&report))));
+            lost = !room && !to_network;
+        }
+        if tcp && to_network {
+            let mut line = report;
+            line.push(b'\n');
+            lost = !self.tcp.push(Arc::new(line));
+        }
+        if lost {
+            counters.reports_lost.add(1);
         }
     }
 
-    fn line(&self, seq: u64, body: Body) -> Vec<u8> {
+    fn report(&self, seq: u64, body: Body) -> Vec<u8> {
         let now = clock::read_once();
         let envelope = Envelope { v: VERSION, run: self.run, seq, mono_ns: now.mono_ns, real_ns: now.real_ns, body };
         // The types have no map with keys that are no strings and no number that is not finite: this cannot fail.
-        let mut line = serde_json::to_vec(&envelope).unwrap_or_default();
-        line.push(b'\n');
-        line
+        serde_json::to_vec(&envelope).unwrap_or_default()
     }
 
     /// Waits until all is written, or for so long.
@@ -212,5 +223,39 @@ fn write_tcp(queue: &Queue, peer: SocketAddr) {
                 std::thread::sleep(Duration::from_millis(500));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use witness::report::{Beat, JournalAck};
+    use witness::wire::{from_console, parse_report};
+
+    #[test]
+    fn on_a_console_that_is_alone_the_numbers_have_no_gap() {
+        let config = Config { console: ConsoleLevel::All, ..Config::default() };
+        let (reporter, counters) = (Reporter::new(&config, 7), Counters::default());
+        for body in
+            [Body::Beat(Beat::default()), Body::Journal(JournalAck { record: 1, crc: 2 }), Body::Beat(Beat::default())]
+        {
+            reporter.send(body, &counters);
+        }
+        let lines = lock(&reporter.console.lines);
+        let numbers: Vec<u64> = lines
+            .iter()
+            .map(|line| parse_report(from_console(std::str::from_utf8(line).unwrap()).unwrap().as_bytes()).unwrap().seq)
+            .collect();
+        assert_eq!(numbers, [1, 2]);
+    }
+
+    #[test]
+    fn what_a_console_that_takes_nothing_loses_is_counted() {
+        let config = Config { console: ConsoleLevel::All, ..Config::default() };
+        let (reporter, counters) = (Reporter::new(&config, 7), Counters::default());
+        for _ in 0..MOST_WAITING + 3 {
+            reporter.send(Body::Beat(Beat::default()), &counters);
+        }
+        assert_eq!(counters.beat(true).reports_lost, 3);
     }
 }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 use witness::report::Noticed;
-use witness::wire::{Command, FRAME_LEN, Frame, FrameKind, Service};
+use witness::wire::{Command, FRAME_LEN, Frame, FrameKind, Service, UNKNOWN};
 
 /// Echo connections at a time.
 const MOST_ECHOES: u32 = 8;
@@ -191,10 +191,6 @@ fn control(ctx: &Arc<Context>, addr: Ipv4Addr, commands: Sender<(Command, Option
     });
     Ok(())
 }
-
-/// The answer to anything that is no command.
-pub const UNKNOWN: &str =
-    "witness: unknown command; there are: report now, quiet, resume workload, stop workload and final report, ping";
 
 fn tcp_echo(ctx: &Arc<Context>, addr: Ipv4Addr) -> std::io::Result<()> {
     let listener = TcpListener::bind((addr, Service::GuestTcpEcho.port(ctx.config.port)))?;
