@@ -51,22 +51,22 @@ impl Learned {
         self.measured(peer).map(|m| m.rate).filter(|rate| *rate > 0)
     }
 
-    pub fn after(&self, peer: &str) -> Duration {
-        Duration::from_micros(self.measured(peer).map_or(0, |m| m.after_us))
+    pub fn after(&self, peer: &str) -> Option<Duration> {
+        self.measured(peer).filter(|m| m.after_us > 0).map(|m| Duration::from_micros(m.after_us))
     }
 
     /// Takes a report's figures; half of the old estimate stays, so that one odd migration does not count for everything. A move that was
-    /// given up with the guest paused tells how long the blackout is at least, which counts while nothing else is known: the next one need
-    /// not pause the guest to find that out.
+    /// given up with the guest paused tells what a blackout takes before the commit, and so, while nothing else is known, about how long all
+    /// of it is (`migrate::Limits::after`): the next one need not pause the guest to find that out.
     pub fn learn(&self, peer: &str, report: &Report) {
         let is = |step: &Step, name| step.place == Place::Source && step.name == name;
         let sum = |steps: &[Step]| steps.iter().map(|s| s.micros).sum::<u64>();
         let steps = &report.steps;
         let pages: u64 = steps.iter().filter(|s| is(s, PAGES_STEP) || is(s, BACK_STEP)).map(|s| s.micros).sum();
-        let fixed_us = sum(steps).saturating_sub(pages);
-        let after_us = match steps.iter().position(|s| is(s, COMMIT_STEP)) {
-            Some(commit) => sum(steps.get(commit..).unwrap_or_default()),
-            None => 0,
+        let known_us = sum(steps).saturating_sub(pages);
+        let (fixed_us, after_us) = match steps.iter().position(|s| is(s, COMMIT_STEP)) {
+            Some(commit) => (known_us, sum(steps.get(commit..).unwrap_or_default())),
+            None => (known_us * 2, 0),
         };
         let rate = report.rounds.first().map_or(0, |r| r.bytes.saturating_mul(1_000_000) / r.micros.max(1));
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,9 +119,9 @@ mod tests {
     fn what_comes_after_the_restoring_is_told_apart() {
         let folder = tempfile::tempdir().unwrap();
         let learned = Learned::open(folder.path());
-        assert_eq!((learned.fixed("b"), learned.after("b")), (None, Duration::ZERO));
+        assert_eq!((learned.fixed("b"), learned.after("b")), (None, None));
         learned.learn("b", &report(true, "moved", &MOVED));
-        let of = |learned: &Learned| (learned.fixed("b").unwrap().as_micros(), learned.after("b").as_micros());
+        let of = |learned: &Learned| (learned.fixed("b").unwrap().as_micros(), learned.after("b").unwrap().as_micros());
         assert_eq!(of(&learned), (85, 25));
         assert_eq!(of(&Learned::open(folder.path())), (85, 25), "it is on disk");
     }
@@ -135,7 +135,8 @@ mod tests {
         learned.learn("b", &report(false, "given-up", &[]));
         assert_eq!(learned.fixed("b"), None);
         learned.learn("b", &report(false, "given-up", &slow));
-        assert_eq!(learned.fixed("b"), Some(Duration::from_micros(700)));
+        assert_eq!(learned.fixed("b"), Some(Duration::from_micros(1400)));
+        assert_eq!(learned.after("b"), None);
         learned.learn("c", &report(true, "moved", &MOVED));
         learned.learn("c", &report(false, "given-up", &slow));
         assert_eq!(

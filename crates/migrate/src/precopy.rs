@@ -15,9 +15,9 @@ pub struct Limits {
     pub rounds: u32,
     /// What the blackout takes besides sending pages: measured on these two hosts by migrations before, or the configuration's guess.
     pub fixed: Duration,
-    /// The part of `fixed` that comes when the other host has restored the guest: the commit, its backends, the unpause. Nothing if it was
-    /// never measured.
-    pub after: Duration,
+    /// The part of `fixed` that comes when the other host has restored the guest: the commit, its backends, the unpause. If it was never
+    /// measured it is taken to be as long as what came before.
+    pub after: Option<Duration>,
 }
 
 impl Default for Limits {
@@ -27,7 +27,7 @@ impl Default for Limits {
             time: Duration::from_secs(3600),
             rounds: 30,
             fixed: Duration::from_millis(50),
-            after: Duration::ZERO,
+            after: None,
         }
     }
 }
@@ -188,12 +188,14 @@ impl Precopy {
     /// How long after the pause the other host must have restored the guest: what comes then takes its time too. `most` is the longest that
     /// is ever waited, whatever the operator allows.
     pub fn until_restored(&self, most: Duration) -> Duration {
-        self.limits.downtime.saturating_sub(self.limits.after).min(most)
+        let Limits { downtime, after, .. } = self.limits;
+        after.map_or(downtime / 2, |after| downtime.saturating_sub(after)).min(most)
     }
 
     /// The last look before the commit: why the guest, which was away for so long when the other host had restored it, can't be back in time.
     pub fn restored_too_late(&self, away: Duration) -> Option<String> {
-        let Limits { downtime, after, .. } = self.limits;
+        let downtime = self.limits.downtime;
+        let after = self.limits.after.unwrap_or(away);
         (away + after > downtime).then(|| {
             format!(
                 "the guest was away for {} ms when the other host had restored it, and its start there takes about {} ms more, so the blackout \
@@ -207,7 +209,7 @@ impl Precopy {
 
     /// After the pause, with the true number of pages left: why this would break the limit.
     pub fn too_late(&self, away: Duration, pages: u64) -> Option<String> {
-        let expected = away + self.time_to_send(pages);
+        let expected = away + self.time_to_send(pages) + self.limits.after.unwrap_or_default();
         (expected > self.limits.downtime).then(|| {
             format!(
                 "the guest has been paused for {} ms and {pages} pages are left, so the blackout would be longer than the limit of {} ms; \
@@ -267,11 +269,18 @@ mod tests {
     fn what_comes_after_the_restoring_is_kept_free_for_it() {
         let of = |downtime, after| {
             let ms = Duration::from_millis;
-            Precopy::new(Limits { downtime: ms(downtime), after: ms(after), ..Limits::default() })
+            Precopy::new(Limits { downtime: ms(downtime), after: Some(ms(after)), ..Limits::default() })
         };
         let most = Duration::from_secs(60);
         let until = |downtime, after| of(downtime, after).until_restored(most).as_millis();
         assert_eq!([until(300, 0), until(300, 120), until(300, 400), until(600_000, 50)], [300, 180, 0, 60_000]);
+        let unknown = Precopy::new(Limits::default());
+        assert_eq!(unknown.until_restored(most).as_millis(), 150);
+        assert_eq!(unknown.restored_too_late(Duration::from_millis(150)), None);
+        assert!(
+            unknown.restored_too_late(Duration::from_millis(151)).is_some(),
+            "what was never measured takes as long again"
+        );
         let late = |away| of(300, 120).restored_too_late(Duration::from_millis(away));
         assert_eq!(late(180), None);
         let why = late(181).expect("it is too late");

@@ -215,7 +215,8 @@ impl Lab {
     }
 
     fn request(&self) -> Request {
-        let limits = Limits { downtime: Duration::from_secs(5), ..Limits::default() };
+        let limits =
+            Limits { downtime: Duration::from_secs(5), after: Some(Duration::from_millis(50)), ..Limits::default() };
         Request { domid: DOM, peer: "b".into(), limits, record: None }
     }
 
@@ -1068,7 +1069,7 @@ fn a_destination_that_takes_too_long_does_not_hold_the_guest() {
     let lab = Lab::new();
     let hook: Hook = ("destination.before.restore".into(), Box::new(|| std::thread::sleep(Duration::from_secs(3))));
     *lab.planted.2.lock().unwrap() = Some(hook);
-    let limits = Limits { downtime: Duration::from_millis(300), ..Limits::default() };
+    let limits = Limits { downtime: Duration::from_millis(300), after: Some(Duration::ZERO), ..Limits::default() };
     let report = report(&source::start(&lab.hosts[0], Request { limits, ..lab.request() }).unwrap());
     assert!(!report.moved);
     let error = report.error.unwrap();
