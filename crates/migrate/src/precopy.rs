@@ -147,6 +147,20 @@ impl Precopy {
         ))
     }
 
+    /// Within a round of which so many pages are left: why the copying has taken too long, if the guest can't be paused just as well.
+    pub fn out_of_time(&self, left: u64) -> Option<String> {
+        let Limits { downtime, time, fixed, .. } = self.limits;
+        let taken = self.started.elapsed();
+        (taken >= time && fixed + self.time_to_send(left) > downtime).then(|| {
+            format!(
+                "the copying has taken {} s and {left} pages of this round are left, so the blackout would be longer than the limit of {} ms; \
+                 raise --max-time or --downtime-limit, or move it when it is less busy",
+                taken.as_secs(),
+                downtime.as_millis()
+            )
+        })
+    }
+
     /// Rounds that have ended, or the present one's number while it lasts.
     pub fn round(&self) -> u32 {
         u32::try_from(self.rounds.len()).unwrap_or(u32::MAX)
@@ -288,6 +302,15 @@ mod tests {
             why.contains("was away for 181 ms") && why.contains("120 ms more") && why.contains("limit of 300 ms"),
             "{why}"
         );
+    }
+
+    #[test]
+    fn the_time_is_over_within_a_round_too() {
+        let left = |time, left| Precopy::new(Limits { time, ..Limits::default() }).out_of_time(left);
+        assert_eq!(left(Duration::from_secs(9), 1 << 20), None);
+        assert_eq!(left(Duration::ZERO, 6000), None, "it can be paused");
+        let why = left(Duration::ZERO, 7000).expect("it takes too long");
+        assert!(why.contains("7000 pages of this round are left") && why.contains("limit of 300 ms"), "{why}");
     }
 
     #[test]

@@ -130,8 +130,16 @@ impl Run {
         let hv = self.host.hypervisor.clone();
         let mut buffer = vec![0; BATCH * PAGE_SIZE];
         let mut left = pages.len() as u64;
+        let mut left = pages.len() as u64;
         for batch in pages.chunks(BATCH) {
             self.check()?;
+            if self.timeline.is_none()
+                && let Some(why) = self.precopy.out_of_time(left)
+            {
+                self.ending = Ending::GivenUp;
+                return Err(Trouble::new(why));
+            }
+            left = left.saturating_sub(batch.len() as u64);
             self.listen();
             self.look_at_size()?;
             let buffer = buffer.get_mut(..batch.len() * PAGE_SIZE).ok_or_else(|| Trouble::new("batch too long"))?;
