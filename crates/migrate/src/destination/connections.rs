@@ -71,7 +71,12 @@ impl Destinations {
         let tx = match found {
             Ok(tx) => tx,
             Err(count) if said.word == ToDestination::Offer && count < self.host.max_incoming => {
-                self.spawn(Run::new(&self.host, said.id, Destination::unknown(), Vec::new()))
+                let run = Run::new(&self.host, said.id, Destination::unknown(), Vec::new());
+                let tx = run.input_tx.clone();
+                // Before there is a thread: one that hears nothing for a while ends, however long this host stands still just now.
+                tx.send(Input::Word(sender.clone(), said)).ok()?;
+                self.spawn(run);
+                return Some(tx);
             }
             Err(_) => {
                 self.answer_unknown(sender, said);

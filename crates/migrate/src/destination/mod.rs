@@ -88,10 +88,9 @@ impl Destinations {
         Ok(())
     }
 
-    fn spawn(&self, mut run: Run) -> SyncSender<Input> {
+    fn spawn(&self, mut run: Run) {
         let id = run.id;
         let entry = (run.input_tx.clone(), run.incoming.clone());
-        let tx = run.input_tx.clone();
         run.crashed = self.crashed.clone();
         self.running.lock().unwrap_or_else(PoisonError::into_inner).insert(id, entry);
         let running = self.running.clone();
@@ -103,7 +102,6 @@ impl Destinations {
         if let Err(error) = spawned {
             tracing::error!("no thread for an incoming migration: {error}");
         }
-        tx
     }
 
     pub fn list(&self) -> Vec<Incoming> {

@@ -130,7 +130,6 @@ impl Run {
         let hv = self.host.hypervisor.clone();
         let mut buffer = vec![0; BATCH * PAGE_SIZE];
         let mut left = pages.len() as u64;
-        let mut left = pages.len() as u64;
         for batch in pages.chunks(BATCH) {
             self.check()?;
             if self.timeline.is_none()
@@ -139,7 +138,6 @@ impl Run {
                 self.ending = Ending::GivenUp;
                 return Err(Trouble::new(why));
             }
-            left = left.saturating_sub(batch.len() as u64);
             self.listen();
             self.look_at_size()?;
             let buffer = buffer.get_mut(..batch.len() * PAGE_SIZE).ok_or_else(|| Trouble::new("batch too long"))?;
