@@ -2,6 +2,7 @@
 
 mod common;
 use common::World;
+use xenstore_wire::stream::{Format, Record, read_all};
 use xenstore_wire::{Errno, Op};
 use xenstored::{DomainState, Options, Store};
 
@@ -415,6 +416,51 @@ fn quotas_that_were_set_outlive_a_live_update() {
         assert_eq!(quota(&mut w, &["watches"]), "50");
         assert_eq!(quota(&mut w, &["transactions"]), "3");
     }
+}
+
+#[test]
+fn a_watch_keeps_its_depth_over_a_live_update() {
+    let (mut w, mut t) = world();
+    let mut g = w.guest(t, 5);
+    w.ok(t, Op::Watch, &["/a", "deep", "1"]);
+    w.ok(t, Op::Watch, &["/a", "here", "0"]);
+    w.ok(t, Op::Watch, &["/a", "all"]);
+    w.ok(t, Op::Watch, &["@releaseDomain", "who", "1"]);
+    w.ok(g, Op::Watch, &["data", "rel", "1"]);
+    w.events(t);
+    w.events(g);
+    let event = |p: &str, token: &str| (p.to_string(), token.to_string());
+    for round in 0..2 {
+        let stream = w.store.dump(3, 4, &mut |_| (10, Vec::new())).unwrap();
+        let (format, records) = read_all(&stream).unwrap();
+        assert_eq!(format, Format::V1);
+        let plain = records.iter().filter(|r| matches!(r, Record::Watch { depth: None, .. })).count();
+        assert_eq!(plain, 5, "a stock daemon reads each as one that has no depth");
+        let host = std::mem::take(&mut w.host);
+        let (store, r, host) = Store::restore(Options::default(), &stream, |_| Ok(host)).unwrap();
+        (w.store, w.host) = (store, host);
+        (t, g) = (r.sockets[0].0, w.store.domain_connection(5).unwrap());
+        for p in ["/a/b/c", "/a/b", "/a"] {
+            w.write(t, p, "").unwrap();
+        }
+        let told = [
+            event("/a/b/c", "all"),
+            event("/a/b", "deep"),
+            event("/a/b", "all"),
+            event("/a", "deep"),
+            event("/a", "here"),
+            event("/a", "all"),
+        ];
+        assert_eq!(w.events(t), told, "after {} live updates", round + 1);
+        w.write(g, "data/x/y", "").unwrap();
+        w.write(g, "data/x", "").unwrap();
+        assert_eq!(w.events(g), [event("data/x", "rel")], "after {} live updates", round + 1);
+        w.check();
+    }
+    assert_eq!(w.ok(t, Op::DomainListWatches, &["5", "0"]), "1\0data\0rel\x001\0");
+    w.host.domains.remove(&5);
+    w.store.check_domains(&mut w.host);
+    assert_eq!(w.events(t), [event("@releaseDomain/5", "who")]);
 }
 
 #[test]
