@@ -73,9 +73,39 @@ fn permissions_keep_guests_apart() {
     assert_eq!(w.req(b, Op::SetPerms, 0, &["/local/domain/1/data", "b2"]), Err(Errno::EACCES));
     assert_eq!(w.req(a, Op::SetPerms, 0, &["data", "n99"]), Err(Errno::ENOENT), "no such domain");
     assert_eq!(w.req(a, Op::Introduce, 0, &["2", "1", "3"]), Err(Errno::EACCES));
-    assert_eq!(w.req(a, Op::DomainFreeze, 0, &["2"]), Err(Errno::EACCES));
     w.ok(t, Op::SetTarget, &["2", "1"]);
     assert_eq!(w.write(b, "/local/domain/1/data", "x"), Ok("OK\0".into()));
+    w.check();
+}
+
+#[test]
+fn a_guest_may_not_use_the_operations_of_a_migration() {
+    let (mut w, t) = world();
+    let g = w.guest(t, 5);
+    // Of itself and of another, in the form in which dom0 has them carried out or refused for another reason.
+    w.guest(t, 6);
+    w.host.domains.insert(7, DomainState::default());
+    let ours: Vec<Op> = Op::ALL.iter().copied().filter(|o| o.to_wire() >> 16 == 0x4645).collect();
+    assert_eq!(ours.len(), 10);
+    for op in ours {
+        for domid in ["5", "6", "7"] {
+            let args: &[&str] = match op {
+                Op::FerryFeatures => &[""],
+                Op::DomainExport => &[domid, "0", "/local/domain/6"],
+                Op::DomainImportData => &[domid, "0", "xenstore"],
+                Op::DomainImport => &[domid, "9", "nobody"],
+                Op::DomainAttach => &[domid, "1"],
+                Op::DomainListWatches => &[domid, "0"],
+                Op::DomainSetWatch => &[domid, "/local/domain/6", "token"],
+                _ => &[domid],
+            };
+            assert_eq!(w.req(g, op, 0, args), Err(Errno::EACCES), "{} {args:?}", op.name());
+            assert_ne!(w.req(t, op, 0, args), Err(Errno::EACCES), "{} {args:?} of dom0", op.name());
+            // What dom0 was allowed is undone.
+            let _ = w.req(t, Op::DomainThaw, 0, &[domid]);
+            let _ = w.req(t, Op::DomainImportAbort, 0, &[domid]);
+        }
+    }
     w.check();
 }
 
