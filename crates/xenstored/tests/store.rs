@@ -533,3 +533,16 @@ fn a_request_of_a_dead_domain_is_none_of_the_next_one_of_its_id() {
     assert!(!w.events(other).is_empty());
     assert_eq!(w.store.usage(5).unwrap().2, 0);
 }
+
+#[test]
+fn a_child_that_others_made_below_a_node_of_a_transaction_can_be_removed_in_it() {
+    let (mut w, t) = world();
+    let u = w.tool();
+    let tx = w.begin(t);
+    w.req(t, Op::Write, tx, &["/a/b", "1"]).unwrap();
+    w.ok(u, Op::Mkdir, &["/a/b/c"]);
+    w.req(t, Op::Rm, tx, &["/a/b/c"]).unwrap();
+    assert_eq!(w.commit(t, tx), Err(Errno::EAGAIN));
+    assert_eq!(w.read(t, "/a/b/c"), Ok(String::new()));
+    w.check();
+}
