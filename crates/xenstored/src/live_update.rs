@@ -131,8 +131,10 @@ impl Store {
                 if self.live_update.is_some() {
                     return say("live-update session already active.");
                 }
-                if host.command(HostCommand::CheckProgram(program)).is_err() {
-                    return say("File not accessible or not executable.");
+                match host.command(HostCommand::CheckProgram(program)) {
+                    Ok(()) => {}
+                    Err(Errno::EINVAL) => return say("File not executable."),
+                    Err(_) => return say("File not accessible."),
                 }
                 info!(program = %String::from_utf8_lossy(program), "live update: program");
                 self.live_update =
