@@ -15,7 +15,7 @@ struct Trial {
     programs: Programs,
     daemon: Stock,
     _xen: FakeXen,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Trial {
@@ -29,19 +29,24 @@ impl Trial {
         } else {
             programs.start_stock(&xen, &run, &[]).unwrap()
         };
-        Trial { programs, daemon, _xen: xen, _dir: dir }
+        Trial { programs, daemon, _xen: xen, dir }
     }
 
     fn command(&self, program: &str) -> Command {
         self.programs.command(program, self.daemon.socket())
     }
 
-    /// Runs a command line; its exit code and all that it wrote.
+    /// Runs a command line, in which `DIR` is a folder of this trial; its exit code and all that it wrote.
     fn says(&self, line: &str) -> String {
-        let mut words = line.split_whitespace();
-        let program = format!("usr/bin/{}", words.next().unwrap());
+        let dir = self.dir.path().to_string_lossy();
+        let mut words = line.split_whitespace().map(|w| w.replace("DIR", &dir));
+        let name = words.next().unwrap();
+        // In usr/bin there may be a script before it that looks for Xen in /sys.
+        let direct = format!("usr/lib/xen-4.17/bin/{name}");
+        let program = if self.programs.tree().join(&direct).exists() { direct } else { format!("usr/bin/{name}") };
         let out = self.command(&program).args(words).output().unwrap();
-        let text = |b: &[u8]| String::from_utf8_lossy(b).replace(&*self.programs.tree().to_string_lossy(), "");
+        let tree = self.programs.tree().to_string_lossy();
+        let text = |b: &[u8]| String::from_utf8_lossy(b).replace(&*tree, "").replace(&*dir, "DIR");
         format!("{line}\n[{}] {}{}", out.status.code().unwrap_or(-1), text(&out.stdout), text(&out.stderr))
     }
 }
@@ -105,6 +110,62 @@ fn debians_commands_say_what_they_say_on_the_stock_daemon() {
         let (got, other) = (ours.says(line), stock.says(line));
         assert!(got.contains(want), "{got}\ninstead of {want:?}");
         assert_eq!(got, other);
+    }
+}
+
+/// Of `xenstore-control`, with what each must say.
+const CONTROLS: &[(&str, &str)] = &[
+    ("xenstore-control check", "[0] OK\n"),
+    ("xenstore-control log on", "[0] OK\n"),
+    ("xenstore-control logfile DIR/log", "[0] OK\n"),
+    ("xenstore-read /tool/none", "[1] "),
+    ("xenstore-control memreport", "[0] OK\n"),
+    ("xenstore-control memreport DIR/report", "[0] OK\n"),
+    ("xenstore-control log off", "[0] OK\n"),
+    ("xenstore-control log maybe", "[3] Command not supported. Valid commands are:\n"),
+    ("xenstore-control print hello", "[0] OK\n"),
+    ("xenstore-control quota", "nodes            :     1000 Nodes per domain\n"),
+    ("xenstore-control quota set nodes 900", "[0] OK\n"),
+    ("xenstore-control quota set watches 60", "[0] OK\n"),
+    ("xenstore-control quota set nodes 0", "[3] Command not supported. Valid commands are:\n"),
+    ("xenstore-control quota set nothing 5", "[3] Command not supported. Valid commands are:\n"),
+    ("xenstore-control quota", "nodes            :      900 Nodes per domain\n"),
+    ("xenstore-control quota 7", "[3] Error 2 "),
+    ("xenstore-control quota-soft", "memory           :  2097152 "),
+    ("xenstore-control quota-soft set memory 1000000", "[0] OK\n"),
+    ("xenstore-control quota-soft", "memory           :  1000000 "),
+    ("xenstore-control help", "live-update"),
+    ("xenstore-control nonsense", "[3] Command not supported. Valid commands are:\n"),
+    ("xenstore-control check too much", "[3] Command not supported. Valid commands are:\n"),
+    ("xenstore-control live-update DIR/none", "File not accessible.\n"),
+    ("xenstore-control live-update DIR/log", "File not executable.\n"),
+    ("xenstore-control check", "[0] OK\n"),
+];
+
+#[test]
+fn xenstore_control_says_what_it_says_on_the_stock_daemon() {
+    let (ours, stock) = (Trial::of(true), Trial::of(false));
+    for (line, want) in CONTROLS {
+        let (got, other) = (ours.says(line), stock.says(line));
+        assert!(got.contains(want), "{got}\ninstead of {want:?}");
+        assert_eq!(got, other);
+    }
+    // A domain's use: the same rows; what the daemons' own nodes weigh is theirs.
+    let rows = |t: &Trial| {
+        let text = t.says("xenstore-control quota 0");
+        text.lines().map(|l| l.split(':').next().unwrap().to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(rows(&ours), rows(&stock));
+    assert!(rows(&ours).iter().any(|r| r.trim() == "nodes"), "{:?}", rows(&ours));
+    for t in [&ours, &stock] {
+        let file = |name| std::fs::read_to_string(t.dir.path().join(name)).unwrap();
+        let log = file("log");
+        assert!(log.contains("READ"), "the request is logged: {log}");
+        let begins = file("report").split_whitespace().next().expect("a report").to_string();
+        assert!(log.contains(&begins), "there is a report in the log, too: {log}");
+        let size = log.len();
+        t.says("xenstore-read /tool/none");
+        assert_eq!(file("log").len(), size, "log off");
     }
 }
 

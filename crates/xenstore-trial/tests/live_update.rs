@@ -15,9 +15,18 @@ fn live_update(tool: &mut Connection<'_>, program: &Path) {
 }
 
 fn live_update_with(tool: &mut Connection<'_>, program: &Path, words: Option<&str>) {
+    control_live_update(tool, program, words, &["live-update", "-s", "-t", "5"]);
+}
+
+/// Over transactions that are open, however short a time.
+fn forced_live_update(tool: &mut Connection<'_>, program: &Path) {
+    control_live_update(tool, program, None, &["live-update", "-s", "-F", "-t", "0"]);
+}
+
+fn control_live_update(tool: &mut Connection<'_>, program: &Path, words: Option<&str>, start: &[&str]) {
     let program = ["live-update", "-f", program.to_str().unwrap()];
     let words = words.map(|w| ["live-update", "-c", w]);
-    for args in [Some(&program[..]), words.as_ref().map(|w| &w[..]), Some(&["live-update", "-s", "-t", "5"])] {
+    for args in [Some(&program[..]), words.as_ref().map(|w| &w[..]), Some(start)] {
         let Some(args) = args else { continue };
         let (m, _) = tool.call(Op::Control, 0, &payload::join(args)).unwrap();
         assert_eq!(text(&m), "OK\0");
@@ -119,4 +128,137 @@ fn options_of_ours_do_not_end_the_stock_daemon() {
     live_update(&mut tool, &programs.stock_path());
     let (m, _) = tool.call(Op::Read, 0, b"/kept\0").expect("the stock daemon gave up");
     assert_eq!(text(&m), "value");
+}
+
+/// A request's answer, or the error's name.
+fn says(c: &mut Connection<'_>, op: Op, tx: u32, body: &str) -> String {
+    let (m, _) = c.call(op, tx, body.as_bytes()).unwrap();
+    text(&m).trim_end_matches('\0').to_string()
+}
+
+fn begin(c: &mut Connection<'_>) -> u32 {
+    says(c, Op::TransactionStart, 0, "\0").parse().unwrap()
+}
+
+/// Makes domain 1 known to the daemon.
+fn bring_up(tool: &mut Connection<'_>, xen: &FakeXen) {
+    xen.add_domain(1).unwrap();
+    for (op, body) in
+        [(Op::Mkdir, "/local/domain/1\0"), (Op::SetPerms, "/local/domain/1\0n1\0"), (Op::Introduce, "1\x000\x001\0")]
+    {
+        assert_eq!(says(tool, op, 0, body), "OK");
+    }
+}
+
+#[test]
+fn ours_carries_open_transactions_to_ours() {
+    let dir = tempfile::tempdir().unwrap();
+    let programs = Programs::prepare(dir.path()).unwrap();
+    let xen = FakeXen::create(&dir.path().join("xen")).unwrap();
+    let ours = Path::new(env!("CARGO_BIN_EXE_xenstored-on-files"));
+    let daemon = programs.start_other(ours, &[], &xen, &dir.path().join("run")).unwrap();
+    let mut tool = Connection::socket(daemon.socket()).unwrap();
+    let mut client = Connection::socket(daemon.socket()).unwrap();
+    bring_up(&mut tool, &xen);
+    let mut guest = Connection::ring(&xen, 1).unwrap();
+    for node in ["/t/read", "/t/gone", "/t/before", "/t/after"] {
+        assert_eq!(says(&mut tool, Op::Write, 0, &format!("{node}\x001")), "OK");
+    }
+    let good = begin(&mut client);
+    assert_eq!(says(&mut client, Op::Read, good, "/t/read\0"), "1");
+    assert_eq!(says(&mut client, Op::Write, good, "/t/made/deep\0x"), "OK");
+    assert_eq!(says(&mut client, Op::Rm, good, "/t/gone\0"), "OK");
+    // One whose conflict comes before the live update, one whose comes after it.
+    let (before, after) = (begin(&mut client), begin(&mut client));
+    for (tx, node) in [(before, "/t/before"), (after, "/t/after")] {
+        assert_eq!(says(&mut client, Op::Read, tx, &format!("{node}\0")), "1");
+        assert_eq!(says(&mut client, Op::Write, tx, &format!("{node}/mine\0x")), "OK");
+    }
+    let of_guest = begin(&mut guest);
+    assert_eq!(says(&mut guest, Op::Write, of_guest, "data/sum\x003"), "OK");
+    assert_eq!(says(&mut tool, Op::Write, 0, "/t/before\x002"), "OK");
+
+    // Twice: what came out of a stream goes into the next one.
+    for _ in 0..2 {
+        forced_live_update(&mut tool, ours);
+        assert_eq!(says(&mut client, Op::Read, good, "/t/made/deep\0"), "x");
+        assert_eq!(says(&mut client, Op::Read, good, "/t/gone\0"), "ENOENT");
+        assert_eq!(says(&mut client, Op::Read, 0, "/t/made/deep\0"), "ENOENT", "not committed");
+        assert_eq!(says(&mut client, Op::Read, 0, "/t/gone\0"), "1");
+    }
+    assert_eq!(says(&mut tool, Op::Write, 0, "/t/after\x002"), "OK");
+
+    assert_eq!(says(&mut client, Op::TransactionEnd, before, "T\0"), "EAGAIN");
+    assert_eq!(says(&mut client, Op::TransactionEnd, after, "T\0"), "EAGAIN");
+    assert_eq!(says(&mut client, Op::TransactionEnd, good, "T\0"), "OK");
+    assert_eq!(says(&mut guest, Op::TransactionEnd, of_guest, "T\0"), "OK");
+    assert_eq!(says(&mut tool, Op::Directory, 0, "/t\0"), "read\0before\0after\0made");
+    assert_eq!(says(&mut tool, Op::Read, 0, "/t/made/deep\0"), "x");
+    assert_eq!(says(&mut tool, Op::Read, 0, "/local/domain/1/data/sum\0"), "3");
+    for node in ["/t/before/mine", "/t/after/mine"] {
+        assert_eq!(says(&mut tool, Op::Read, 0, &format!("{node}\0")), "ENOENT");
+    }
+    assert_eq!(says(&mut tool, Op::Control, 0, "check\0"), "OK");
+}
+
+#[test]
+fn a_stock_daemon_neither_takes_nor_gives_open_transactions() {
+    let dir = tempfile::tempdir().unwrap();
+    let programs = Programs::prepare(dir.path()).unwrap();
+    let (ours, stock) = (Path::new(env!("CARGO_BIN_EXE_xenstored-on-files")), programs.stock_path());
+    for (name, to_stock) in [("to", true), ("from", false)] {
+        let xen = FakeXen::create(&dir.path().join(format!("xen-{name}"))).unwrap();
+        let run = dir.path().join(name);
+        let (daemon, next) = if to_stock {
+            (programs.start_other(ours, &[], &xen, &run).unwrap(), &*stock)
+        } else {
+            (programs.start_stock(&xen, &run, &[]).unwrap(), ours)
+        };
+        let mut tool = Connection::socket(daemon.socket()).unwrap();
+        let mut client = Connection::socket(daemon.socket()).unwrap();
+        bring_up(&mut tool, &xen);
+        let mut guest = Connection::ring(&xen, 1).unwrap();
+        assert_eq!(says(&mut tool, Op::Write, 0, "/t/kept\x001"), "OK");
+        let (tx, of_guest) = (begin(&mut client), begin(&mut guest));
+        assert_eq!(says(&mut client, Op::Write, tx, "/t/kept\x002"), "OK");
+        assert_eq!(says(&mut client, Op::Write, tx, "/t/made\0x"), "OK");
+        assert_eq!(says(&mut guest, Op::Write, of_guest, "made\0x"), "OK");
+        forced_live_update(&mut tool, next);
+        let exe = std::fs::read_link(format!("/proc/{}/exe", daemon.pid())).unwrap();
+        assert_eq!(exe.file_name(), next.file_name());
+        for (c, tx, node) in [(&mut client, tx, "/t/made"), (&mut guest, of_guest, "made")] {
+            assert_eq!(says(c, Op::Write, tx, &format!("{node}\0y")), "ENOENT");
+            assert_eq!(says(c, Op::TransactionEnd, tx, "T\0"), "ENOENT");
+            assert_eq!(says(c, Op::Read, 0, &format!("{node}\0")), "ENOENT", "nothing of it came to be");
+            // It tries again, as after a conflict.
+            let again = begin(c);
+            assert_eq!(says(c, Op::Write, again, &format!("{node}\0z")), "OK");
+            assert_eq!(says(c, Op::TransactionEnd, again, "T\0"), "OK");
+            assert_eq!(says(c, Op::Read, 0, &format!("{node}\0")), "z");
+        }
+        assert_eq!(says(&mut tool, Op::Read, 0, "/t/kept\0"), "1");
+    }
+}
+
+#[test]
+fn a_watch_keeps_its_depth_until_a_stock_daemon_takes_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let programs = Programs::prepare(dir.path()).unwrap();
+    let xen = FakeXen::create(&dir.path().join("xen")).unwrap();
+    let ours = Path::new(env!("CARGO_BIN_EXE_xenstored-on-files"));
+    let daemon = programs.start_other(ours, &[], &xen, &dir.path().join("run")).unwrap();
+    let mut tool = Connection::socket(daemon.socket()).unwrap();
+    let mut other = Connection::socket(daemon.socket()).unwrap();
+    let told = |tool: &mut Connection<'_>, other: &mut Connection<'_>| {
+        assert_eq!(says(tool, Op::Write, 0, "/a/b/c\0"), "OK");
+        assert_eq!(says(tool, Op::Write, 0, "/a/b\0"), "OK");
+        let (_, events) = other.call(Op::GetDomainPath, 0, b"0\0").unwrap();
+        events.iter().map(text).collect::<Vec<_>>()
+    };
+    assert_eq!(says(&mut other, Op::Watch, 0, "/a\0t\x001\0"), "OK");
+    assert_eq!(told(&mut tool, &mut other), ["/a\0t\0", "/a/b\0t\0"]);
+    live_update(&mut tool, ours);
+    assert_eq!(told(&mut tool, &mut other), ["/a/b\0t\0"]);
+    live_update(&mut tool, &programs.stock_path());
+    assert_eq!(told(&mut tool, &mut other), ["/a/b/c\0t\0", "/a/b\0t\0"], "it does not know of depths");
 }

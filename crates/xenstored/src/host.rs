@@ -22,7 +22,7 @@ pub enum HostCommand<'a> {
     Report(Option<&'a [u8]>, &'a str),
     /// Say something in the log.
     Print(&'a [u8]),
-    /// `EINVAL` unless this is a program that can be executed.
+    /// `EINVAL`: no program that can be executed. Other errors: it is not there, or out of reach.
     CheckProgram(&'a [u8]),
 }
 

@@ -14,19 +14,17 @@ use crate::node::{Name, Node, PermList, Tree, owner};
 use crate::redo::Redo;
 use crate::store::{Answer, Caller, ShownGeneration, Store, node_cost, ok};
 use crate::tx::{Accessed, Changed, NO_GENERATION, State, Transaction};
+use crate::wrapped;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 use tracing::{info, warn};
-use xenstore_wire::stream::{ConnSpec, DEPTH_UNLIMITED, Format, Record, TxAccess, Writer, read_all, write_all};
+use xenstore_wire::stream::{ConnSpec, DEPTH_UNLIMITED, Format, Record, TxAccess, Writer, read_all};
 use xenstore_wire::{ABS_PATH_MAX, DOMID_INVALID, Errno, Op, PAYLOAD_MAX, Perm, path, payload};
 
 /// What a daemon of ours can do, by the names in docs/xenstore-migration-ops.md.
 pub const FEATURES: &[&str] = &["freeze", "export", "import", "attach", "list-watches", "set-watch"];
 /// Longest stream that is taken for one domain, in bytes: many times what the default quotas allow.
 pub const IMPORT_MAX: usize = 64 << 20;
-/// Record type for a transaction's node where a stock daemon may read the stream, "FERT": holds a stream of its own.
-const WRAPPED: u32 = 0x4645_5254;
-
 mod flag {
     /// Watches fire at the commit.
     pub const FIRE: u32 = 1;
@@ -182,24 +180,13 @@ impl TxRecords {
                     n.flags = flags;
                 }
             }
-            Record::Unknown { kind: WRAPPED, body } => match read_all(&body) {
-                Ok((_, inner)) => {
-                    for r in inner {
-                        // One level only.
-                        if !matches!(r, Record::Unknown { .. }) {
-                            self.add(r);
-                        }
-                    }
-                }
-                Err(e) => warn!("a transaction's node is lost: {e}"),
-            },
             r => warn!(record = ?r, "record of the state ignored"),
         }
     }
 }
 
-/// The nodes of a connection's open transactions. `wrapped`: in records that a stock daemon skips.
-pub(crate) fn transaction_records_in(c: &Connection, conn_id: u32, tree: Option<&Tree>, wrapped: bool) -> Vec<Record> {
+/// The nodes of a connection's open transactions. `hidden`: in records that a stock daemon skips.
+pub(crate) fn transaction_records_in(c: &Connection, conn_id: u32, tree: Option<&Tree>, hidden: bool) -> Vec<Record> {
     let mut out = Vec::new();
     for t in c.transactions.values() {
         for p in &t.order {
@@ -231,10 +218,10 @@ pub(crate) fn transaction_records_in(c: &Connection, conn_id: u32, tree: Option<
                 value: if keep { a.value().to_vec() } else { Vec::new() },
             };
             let meta = Record::NodeMeta { generation: a.generation, flags };
-            if !wrapped {
+            if hidden {
+                out.extend(wrapped::wrap([&node, &meta]));
+            } else {
                 out.extend([node, meta]);
-            } else if let Ok(body) = write_all(Format::V2, [&node, &meta]) {
-                out.push(Record::Unknown { kind: WRAPPED, body });
             }
         }
     }

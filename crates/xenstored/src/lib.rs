@@ -18,6 +18,7 @@ mod redo;
 pub mod store;
 mod tx;
 mod watch;
+mod wrapped;
 
 pub use conn::{ConnId, Peer};
 pub use host::{DomainState, Host, HostCommand};

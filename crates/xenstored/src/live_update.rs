@@ -12,6 +12,7 @@ use crate::host::{Host, HostCommand};
 use crate::import::{TxRecords, restore_transactions, transaction_records_in};
 use crate::node::{Node, PermList, owner};
 use crate::store::{Answer, Caller, Domain, Options, Store, ok};
+use crate::wrapped::{self, WRAPPED};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use thiserror::Error;
@@ -130,8 +131,10 @@ impl Store {
                 if self.live_update.is_some() {
                     return say("live-update session already active.");
                 }
-                if host.command(HostCommand::CheckProgram(program)).is_err() {
-                    return say("File not accessible or not executable.");
+                match host.command(HostCommand::CheckProgram(program)) {
+                    Ok(()) => {}
+                    Err(Errno::EINVAL) => return say("File not executable."),
+                    Err(_) => return say("File not accessible."),
                 }
                 info!(program = %String::from_utf8_lossy(program), "live update: program");
                 self.live_update =
@@ -267,6 +270,14 @@ impl Store {
             w.record(&Record::Connection { conn_id: c.id, spec, in_data, out_resp_len, out_data })?;
             for r in self.watch_records(c, false) {
                 w.record(&r)?;
+            }
+            // A depth is unknown to version 1: to one of ours it is told once more, with the depth.
+            for r in self.watch_records(c, true) {
+                if matches!(r, Record::Watch { depth: Some(d), .. } if d != DEPTH_UNLIMITED)
+                    && let Some(r) = wrapped::wrap([&r])
+                {
+                    w.record(&r)?;
+                }
             }
             for t in c.transactions.values() {
                 w.record(&Record::Transaction { conn_id: c.id, tx_id: t.id })?;
@@ -408,6 +419,18 @@ impl Store {
                 Record::Node { conn_id: 0, perms, path, value, .. } => {
                     s.restore_node(&path, perms.into(), value).map_err(|what| fail(index, what))?;
                 }
+                Record::Unknown { kind: WRAPPED, body } => {
+                    for r in wrapped::unwrap(&body) {
+                        match r {
+                            Record::Watch { conn_id, path, token, depth } => {
+                                let id = conns.get(&conn_id).copied();
+                                let id = id.ok_or_else(|| fail(index, format!("no connection {conn_id}")))?;
+                                s.restore_depth(id, &path, &token, depth);
+                            }
+                            r => txs.add(r),
+                        }
+                    }
+                }
                 Record::Transaction { .. } | Record::Node { .. } | Record::NodeMeta { .. } | Record::Unknown { .. } => {
                     txs.add(r);
                 }
@@ -435,6 +458,17 @@ impl Store {
         s.account_all();
         s.next_conn = s.next_conn.max(conns.keys().max().map_or(0, |m| m + 1));
         Ok((s, out, host))
+    }
+
+    /// The depth of a watch that was restored without.
+    fn restore_depth(&mut self, conn: ConnId, path: &[u8], token: &[u8], depth: Option<u16>) {
+        let Some(c) = self.conns.get(&conn) else { return };
+        let caller = self.caller(c);
+        if let Ok((path, _)) = self.watch_path(&caller, path)
+            && let Some(id) = self.watches.find(conn, &path, token)
+        {
+            self.watches.set_depth(id, depth.filter(|&d| d != DEPTH_UNLIMITED));
+        }
     }
 
     pub(crate) fn restore_node(&mut self, p: &[u8], perms: PermList, value: Vec<u8>) -> Result<(), String> {

@@ -65,6 +65,13 @@ impl Watches {
         self.all.get(&id)
     }
 
+    /// Limits one that is registered already.
+    pub fn set_depth(&mut self, id: WatchId, depth: Option<u16>) {
+        if let Some(w) = self.all.get_mut(&id) {
+            w.depth = depth;
+        }
+    }
+
     /// Takes one out.
     pub fn remove(&mut self, id: WatchId) -> Option<Watch> {
         let w = self.all.remove(&id)?;

@@ -2,7 +2,8 @@
 
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -26,14 +27,15 @@ impl Running {
         r
     }
 
+    fn command(dir: &Path) -> Command {
+        let mut c = Command::new(env!("CARGO_BIN_EXE_xenstored"));
+        c.args(["--no-domain-init", "--no-fork", "--pid-file"]).arg(dir.join("pid"));
+        c.env("XENSTORED_RUNDIR", dir).env_remove("XENSTORED_PATH").env_remove("NOTIFY_SOCKET");
+        c
+    }
+
     fn spawn(dir: &Path) -> Child {
-        Command::new(env!("CARGO_BIN_EXE_xenstored"))
-            .args(["--no-domain-init", "--no-fork", "--pid-file"])
-            .arg(dir.join("pid"))
-            .env("XENSTORED_RUNDIR", dir)
-            .env_remove("XENSTORED_PATH")
-            .spawn()
-            .unwrap()
+        Running::command(dir).spawn().unwrap()
     }
 
     fn signal(&self, signal: Signal) {
@@ -143,6 +145,35 @@ fn a_second_daemon_with_the_same_pid_file_gives_up() {
     assert_eq!(d.client().directory("/").unwrap(), ["tool"], "the first one is well");
 }
 
+#[test]
+fn systemd_hears_once_that_the_daemon_listens() {
+    for is_abstract in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        // Abstract names live in a space of their own: the folder's makes this one nobody else's.
+        let (socket, name) = if is_abstract {
+            let name = path.to_str().unwrap().to_string();
+            let address = SocketAddr::from_abstract_name(&name).unwrap();
+            (UnixDatagram::bind_addr(&address).unwrap(), format!("@{name}"))
+        } else {
+            (UnixDatagram::bind(&path).unwrap(), path.to_str().unwrap().to_string())
+        };
+        let child = Running::command(dir.path()).env("NOTIFY_SOCKET", name).spawn().unwrap();
+        let d = Running { child, dir };
+        socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut word = [0; 64];
+        let n = socket.recv(&mut word).unwrap();
+        assert_eq!(&word[..n], b"READY=1");
+        // Who is started because of it finds a daemon that serves.
+        let mut c = d.client();
+        assert_eq!(c.directory("/").unwrap(), ["tool"]);
+        live_update(&mut c, Path::new(env!("CARGO_BIN_EXE_xenstored")));
+        assert_eq!(c.directory("/").unwrap(), ["tool"]);
+        socket.set_nonblocking(true).unwrap();
+        assert!(socket.recv(&mut word).is_err(), "the one that took over is not a new start");
+    }
+}
+
 fn live_update(c: &mut Client, program: &Path) {
     assert_eq!(c.control(&["live-update", "-f", program.to_str().unwrap()]).unwrap(), "OK");
     assert_eq!(c.control(&["live-update", "-s", "-t", "5"]).unwrap(), "OK");
@@ -173,7 +204,7 @@ fn a_live_update_keeps_clients_watches_and_nodes() {
     assert_eq!(a.get_perms("/x").unwrap().len(), 1);
     assert_eq!(a.control(&["check"]).unwrap(), "OK");
     // What can't be executed leaves everything as it is.
-    assert_eq!(a.control(&["live-update", "-f", "/nowhere"]).unwrap(), "File not accessible or not executable.");
+    assert_eq!(a.control(&["live-update", "-f", "/nowhere"]).unwrap(), "File not accessible.");
     let junk = d.dir.path().join("junk");
     std::fs::write(&junk, b"\x7fELFjunk").unwrap();
     std::fs::set_permissions(&junk, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();

@@ -2,6 +2,7 @@
 
 mod common;
 use common::World;
+use xenstore_wire::stream::{Format, Record, read_all};
 use xenstore_wire::{Errno, Op};
 use xenstored::{DomainState, Options, Store};
 
@@ -72,9 +73,39 @@ fn permissions_keep_guests_apart() {
     assert_eq!(w.req(b, Op::SetPerms, 0, &["/local/domain/1/data", "b2"]), Err(Errno::EACCES));
     assert_eq!(w.req(a, Op::SetPerms, 0, &["data", "n99"]), Err(Errno::ENOENT), "no such domain");
     assert_eq!(w.req(a, Op::Introduce, 0, &["2", "1", "3"]), Err(Errno::EACCES));
-    assert_eq!(w.req(a, Op::DomainFreeze, 0, &["2"]), Err(Errno::EACCES));
     w.ok(t, Op::SetTarget, &["2", "1"]);
     assert_eq!(w.write(b, "/local/domain/1/data", "x"), Ok("OK\0".into()));
+    w.check();
+}
+
+#[test]
+fn a_guest_may_not_use_the_operations_of_a_migration() {
+    let (mut w, t) = world();
+    let g = w.guest(t, 5);
+    // Of itself and of another, in the form in which dom0 has them carried out or refused for another reason.
+    w.guest(t, 6);
+    w.host.domains.insert(7, DomainState::default());
+    let ours: Vec<Op> = Op::ALL.iter().copied().filter(|o| o.to_wire() >> 16 == 0x4645).collect();
+    assert_eq!(ours.len(), 10);
+    for op in ours {
+        for domid in ["5", "6", "7"] {
+            let args: &[&str] = match op {
+                Op::FerryFeatures => &[""],
+                Op::DomainExport => &[domid, "0", "/local/domain/6"],
+                Op::DomainImportData => &[domid, "0", "xenstore"],
+                Op::DomainImport => &[domid, "9", "nobody"],
+                Op::DomainAttach => &[domid, "1"],
+                Op::DomainListWatches => &[domid, "0"],
+                Op::DomainSetWatch => &[domid, "/local/domain/6", "token"],
+                _ => &[domid],
+            };
+            assert_eq!(w.req(g, op, 0, args), Err(Errno::EACCES), "{} {args:?}", op.name());
+            assert_ne!(w.req(t, op, 0, args), Err(Errno::EACCES), "{} {args:?} of dom0", op.name());
+            // What dom0 was allowed is undone.
+            let _ = w.req(t, Op::DomainThaw, 0, &[domid]);
+            let _ = w.req(t, Op::DomainImportAbort, 0, &[domid]);
+        }
+    }
     w.check();
 }
 
@@ -418,6 +449,51 @@ fn quotas_that_were_set_outlive_a_live_update() {
 }
 
 #[test]
+fn a_watch_keeps_its_depth_over_a_live_update() {
+    let (mut w, mut t) = world();
+    let mut g = w.guest(t, 5);
+    w.ok(t, Op::Watch, &["/a", "deep", "1"]);
+    w.ok(t, Op::Watch, &["/a", "here", "0"]);
+    w.ok(t, Op::Watch, &["/a", "all"]);
+    w.ok(t, Op::Watch, &["@releaseDomain", "who", "1"]);
+    w.ok(g, Op::Watch, &["data", "rel", "1"]);
+    w.events(t);
+    w.events(g);
+    let event = |p: &str, token: &str| (p.to_string(), token.to_string());
+    for round in 0..2 {
+        let stream = w.store.dump(3, 4, &mut |_| (10, Vec::new())).unwrap();
+        let (format, records) = read_all(&stream).unwrap();
+        assert_eq!(format, Format::V1);
+        let plain = records.iter().filter(|r| matches!(r, Record::Watch { depth: None, .. })).count();
+        assert_eq!(plain, 5, "a stock daemon reads each as one that has no depth");
+        let host = std::mem::take(&mut w.host);
+        let (store, r, host) = Store::restore(Options::default(), &stream, |_| Ok(host)).unwrap();
+        (w.store, w.host) = (store, host);
+        (t, g) = (r.sockets[0].0, w.store.domain_connection(5).unwrap());
+        for p in ["/a/b/c", "/a/b", "/a"] {
+            w.write(t, p, "").unwrap();
+        }
+        let told = [
+            event("/a/b/c", "all"),
+            event("/a/b", "deep"),
+            event("/a/b", "all"),
+            event("/a", "deep"),
+            event("/a", "here"),
+            event("/a", "all"),
+        ];
+        assert_eq!(w.events(t), told, "after {} live updates", round + 1);
+        w.write(g, "data/x/y", "").unwrap();
+        w.write(g, "data/x", "").unwrap();
+        assert_eq!(w.events(g), [event("data/x", "rel")], "after {} live updates", round + 1);
+        w.check();
+    }
+    assert_eq!(w.ok(t, Op::DomainListWatches, &["5", "0"]), "1\0data\0rel\x001\0");
+    w.host.domains.remove(&5);
+    w.store.check_domains(&mut w.host);
+    assert_eq!(w.events(t), [event("@releaseDomain/5", "who")]);
+}
+
+#[test]
 fn shutdowns_noticed_together_are_told_to_whom_each_one_is() {
     let (mut w, t) = world();
     for d in [6, 7] {
@@ -456,4 +532,17 @@ fn a_request_of_a_dead_domain_is_none_of_the_next_one_of_its_id() {
     w.guest(t, 5);
     assert!(!w.events(other).is_empty());
     assert_eq!(w.store.usage(5).unwrap().2, 0);
+}
+
+#[test]
+fn a_child_that_others_made_below_a_node_of_a_transaction_can_be_removed_in_it() {
+    let (mut w, t) = world();
+    let u = w.tool();
+    let tx = w.begin(t);
+    w.req(t, Op::Write, tx, &["/a/b", "1"]).unwrap();
+    w.ok(u, Op::Mkdir, &["/a/b/c"]);
+    w.req(t, Op::Rm, tx, &["/a/b/c"]).unwrap();
+    assert_eq!(w.commit(t, tx), Err(Errno::EAGAIN));
+    assert_eq!(w.read(t, "/a/b/c"), Ok(String::new()));
+    w.check();
 }
