@@ -5,6 +5,7 @@ use crate::destination;
 use crate::handshake::{Destination, DestinationAction, DestinationEvent, Source, SourceAction, SourceEvent};
 use crate::host::Fault;
 use crate::source;
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::fmt;
 use std::str::FromStr;
@@ -37,7 +38,8 @@ impl Lead {
 }
 
 /// One of the two hosts of a move.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Side {
     Source,
     Destination,

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use migrate::fault_points::Side;
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -469,14 +470,6 @@ pub struct Ferryd {
     /// It is started again when it ends.
     #[serde(default = "defaults::yes")]
     pub respawn: bool,
-}
-
-/// One of the two hosts of a move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Side {
-    Source,
-    Destination,
 }
 
 /// Move a guest to the other host with faults planted.

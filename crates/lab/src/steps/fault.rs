@@ -3,13 +3,14 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use migrate::fault_points::Side;
 
 use super::each::SHORT;
 use super::host::End;
 use super::plan::{host_addr, shell_word};
 use super::{Executor, ferryd};
 use crate::progress;
-use crate::scenario::{FaultStep, Side};
+use crate::scenario::FaultStep;
 
 /// Time between two looks whether the daemons are done.
 const PERIOD: Duration = Duration::from_secs(1);
