@@ -12,7 +12,8 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -127,7 +128,7 @@ impl Book {
 }
 
 /// What the keeper sees of domains, and does to them.
-trait Stock {
+trait Stock: Send + Sync + 'static {
     fn life(&self, domid: u16, uuid: Uuid) -> Result<Life, String>;
     /// Runs `xl` with these arguments.
     fn xl(&self, arguments: &[&str]) -> Result<String, String>;
@@ -172,11 +173,11 @@ pub fn start(
     hypervisor: Arc<dyn Hypervisor>,
     busy: impl Fn(DomId) -> bool + Send + 'static,
 ) -> io::Result<()> {
-    let mut keeper = Keeper { book, stock: Xl(hypervisor), settled: BTreeSet::new(), pause: CREATE_AGAIN };
-    std::thread::Builder::new().name("keeper".into()).spawn(move || {
+    let keeper = Arc::new(Keeper::new(book, Xl(hypervisor), CREATE_AGAIN));
+    thread::Builder::new().name("keeper".into()).spawn(move || {
         loop {
             keeper.look(&busy);
-            std::thread::sleep(PERIOD);
+            thread::sleep(PERIOD);
         }
     })?;
     Ok(())
@@ -187,32 +188,73 @@ struct Keeper<S> {
     stock: S,
     /// Between two attempts to start a guest anew.
     pause: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
     /// Guests about which nothing more can be done as long as they are there: preserved, or what was tried failed.
     settled: BTreeSet<Uuid>,
+    /// Guests that a thread has in hand.
+    in_hand: BTreeSet<Uuid>,
 }
 
 impl<S: Stock> Keeper<S> {
-    fn look(&mut self, busy: &dyn Fn(DomId) -> bool) {
-        for kept in self.book.list() {
-            let dom = DomId(kept.domid);
-            if busy(dom) {
-                continue;
-            }
-            if let Err(error) = self.see_to(&kept) {
+    fn new(book: Book, stock: S, pause: Duration) -> Keeper<S> {
+        Keeper { book, stock, pause, state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sees to each guest that has ended, in a thread of its own: a core takes stock `xl` minutes to dump, without end where
+    /// the guest has a page at a high address, and no other guest shall wait for that.
+    fn look(self: &Arc<Self>, busy: &dyn Fn(DomId) -> bool) -> Vec<JoinHandle<()>> {
+        // Before the book is read: else what a thread has just done with a guest would be done again.
+        let in_hand = self.state().in_hand.clone();
+        let kept = self.book.list().into_iter();
+        kept.filter(|kept| !in_hand.contains(&kept.uuid) && !busy(DomId(kept.domid)))
+            .filter_map(|kept| match self.stock.life(kept.domid, kept.uuid) {
+                Ok(Life::Dying) => None,
+                Ok(Life::Runs) => {
+                    self.state().settled.remove(&kept.uuid);
+                    None
+                }
+                Ok(life) => self.take_in_hand(kept, life),
+                Err(error) => {
+                    tracing::error!("guest {} ({}): {error}", kept.name, kept.domid);
+                    None
+                }
+            })
+            .collect()
+    }
+
+    fn take_in_hand(self: &Arc<Self>, kept: Kept, life: Life) -> Option<JoinHandle<()>> {
+        let (keeper, uuid) = (self.clone(), kept.uuid);
+        self.state().in_hand.insert(uuid);
+        let work = move || {
+            if let Err(error) = keeper.see_to(&kept, life) {
                 tracing::error!("guest {} ({}): {error}; it is left as it is", kept.name, kept.domid);
-                self.settled.insert(kept.uuid);
+                keeper.state().settled.insert(uuid);
+            }
+            keeper.state().in_hand.remove(&uuid);
+        };
+        match thread::Builder::new().name("guest's end".into()).spawn(work) {
+            Ok(thread) => Some(thread),
+            Err(error) => {
+                // The next look tries again.
+                tracing::error!("no thread for a guest that has ended: {error}");
+                self.state().in_hand.remove(&uuid);
+                None
             }
         }
     }
 
-    fn see_to(&mut self, kept: &Kept) -> Result<(), String> {
-        let settled = self.settled.contains(&kept.uuid);
-        let why = match (self.stock.life(kept.domid, kept.uuid)?, &kept.restart) {
-            (Life::Dying, _) => return Ok(()),
-            (Life::Runs, _) => {
-                self.settled.remove(&kept.uuid);
-                return Ok(());
-            }
+    fn see_to(&self, kept: &Kept, life: Life) -> Result<(), String> {
+        let settled = self.state().settled.contains(&kept.uuid);
+        let why = match (life, &kept.restart) {
+            (Life::Dying | Life::Runs, _) => return Ok(()),
             // Destroyed by whoever.
             (Life::Gone, None) => return self.forget(kept),
             // Nothing more can be done, or a daemon before this one came so far.
@@ -230,14 +272,16 @@ impl<S: Stock> Keeper<S> {
         tracing::info!("guest {} ({}) has shut down, reason {why}: {then:?}", kept.name, kept.domid);
         if dump {
             let file = format!("/var/lib/xen/dump/{}", kept.name.replace('/', "_"));
+            tracing::info!("guest {} ({}): its core goes to {file} first", kept.name, kept.domid);
             // As stock xl does, whatever comes of it.
-            if let Err(error) = self.stock.xl(&["dump-core", &kept.domid.to_string(), &file]) {
-                tracing::error!("guest {} ({}): {error}", kept.name, kept.domid);
+            match self.stock.xl(&["dump-core", &kept.domid.to_string(), &file]) {
+                Ok(_) => tracing::info!("guest {} ({}): its core is in {file}", kept.name, kept.domid),
+                Err(error) => tracing::error!("guest {} ({}): {error}", kept.name, kept.domid),
             }
         }
         match then {
             Then::Preserve => {
-                self.settled.insert(kept.uuid);
+                self.state().settled.insert(kept.uuid);
                 Ok(())
             }
             Then::Destroy => {
@@ -267,13 +311,13 @@ impl<S: Stock> Keeper<S> {
         self.stock.xl(&["destroy", &kept.domid.to_string()]).map(drop)
     }
 
-    fn forget(&mut self, kept: &Kept) -> Result<(), String> {
-        self.settled.remove(&kept.uuid);
+    fn forget(&self, kept: &Kept) -> Result<(), String> {
+        self.state().settled.remove(&kept.uuid);
         self.book.remove(kept.uuid).map_err(|error| error.to_string())
     }
 
     /// Starts it anew, unless a daemon before this one has.
-    fn make(&mut self, kept: &Kept) -> Result<(), String> {
+    fn make(&self, kept: &Kept) -> Result<(), String> {
         let Some(restart) = &kept.restart else { return Ok(()) };
         if self.stock.xl(&["domid", &kept.name]).is_err() {
             let file = self.book.path(kept.uuid).with_extension("cfg");
@@ -285,7 +329,7 @@ impl<S: Stock> Keeper<S> {
                 if made.is_ok() {
                     break;
                 }
-                std::thread::sleep(self.pause);
+                thread::sleep(self.pause);
                 made = self.stock.xl(&["create", "-q", &path]);
             }
             // The record still has it.
@@ -329,35 +373,41 @@ fn decide(why: u8, config: &serde_json::Value) -> Option<(bool, Then)> {
 mod tests {
     use super::*;
     use serde_json::json;
-    use std::cell::RefCell;
+    use std::sync::mpsc;
 
     const GUEST: Uuid = Uuid::from_u128(7);
 
     struct Fake {
-        life: RefCell<Life>,
+        life: Mutex<Life>,
         config: serde_json::Value,
         /// Commands that fail.
-        fail: RefCell<Vec<&'static str>>,
-        done: RefCell<Vec<String>>,
+        fail: Mutex<Vec<&'static str>>,
+        done: Mutex<Vec<String>>,
+        /// The dump of domain 5 ends when the other end of this is dropped.
+        dump: Mutex<Option<mpsc::Receiver<()>>>,
     }
 
-    impl Stock for &Fake {
+    impl Stock for Arc<Fake> {
         fn life(&self, _: u16, _: Uuid) -> Result<Life, String> {
-            Ok(*self.life.borrow())
+            Ok(*self.life.lock().unwrap())
         }
         fn xl(&self, arguments: &[&str]) -> Result<String, String> {
             let line = arguments.join(" ");
             if arguments[0] == "create" {
                 let text = fs::read_to_string(arguments[2]).unwrap();
                 let name = text.lines().next().unwrap();
-                self.done.borrow_mut().push(format!("create {name}, {}", text.contains("uuid = ")));
+                self.done.lock().unwrap().push(format!("create {name}, {}", text.contains("uuid = ")));
             } else {
-                self.done.borrow_mut().push(line.clone());
+                self.done.lock().unwrap().push(line.clone());
+            }
+            if line.starts_with("dump-core 5") {
+                let end = self.dump.lock().unwrap().take();
+                end.map(|end| end.recv());
             }
             if arguments[0] == "destroy" {
-                *self.life.borrow_mut() = Life::Gone;
+                *self.life.lock().unwrap() = Life::Gone;
             }
-            let fail = self.fail.borrow().iter().any(|f| line.starts_with(f));
+            let fail = self.fail.lock().unwrap().iter().any(|f| line.starts_with(f));
             if fail { Err(format!("{line} failed")) } else { Ok(String::new()) }
         }
         fn record(&self, _: u16, _: Uuid) -> Result<Vec<u8>, String> {
@@ -365,14 +415,14 @@ mod tests {
         }
     }
 
-    fn fake(key: &str, action: &str, life: Life) -> Fake {
+    fn fake(key: &str, action: &str, life: Life) -> Arc<Fake> {
         let config = json!({
             "c_info": {"type": "pvh", "name": "g", "uuid": GUEST.to_string()},
             "b_info": {"max_vcpus": 1, "max_memkb": 262144},
             key: action,
         });
-        let fail = RefCell::new(vec!["domid"]);
-        Fake { life: RefCell::new(life), config, fail, done: RefCell::default() }
+        let fail = Mutex::new(vec!["domid"]);
+        Arc::new(Fake { life: Mutex::new(life), config, fail, done: Mutex::default(), dump: Mutex::default() })
     }
 
     fn book() -> (tempfile::TempDir, Book) {
@@ -382,11 +432,17 @@ mod tests {
         (folder, book)
     }
 
-    fn look(fake: &Fake, book: &Book, times: u32) -> Vec<String> {
-        let mut keeper =
-            Keeper { book: book.clone(), stock: fake, settled: BTreeSet::new(), pause: Duration::from_millis(1) };
-        (0..times).for_each(|_| keeper.look(&|_| false));
-        fake.done.take()
+    fn keeper(fake: &Arc<Fake>, book: &Book) -> Arc<Keeper<Arc<Fake>>> {
+        Arc::new(Keeper::new(book.clone(), fake.clone(), Duration::from_millis(1)))
+    }
+
+    /// What was done in so many looks, each waited for.
+    fn look(fake: &Arc<Fake>, book: &Book, times: u32) -> Vec<String> {
+        let keeper = keeper(fake, book);
+        for _ in 0..times {
+            keeper.look(&|_| false).into_iter().for_each(|thread| thread.join().unwrap());
+        }
+        std::mem::take(&mut fake.done.lock().unwrap())
     }
 
     #[test]
@@ -430,9 +486,8 @@ mod tests {
         let (_folder, book) = book();
         assert!(look(&fake("on_crash", "destroy", Life::Runs), &book, 2).is_empty());
         let shut = fake("on_crash", "destroy", Life::ShutDown(reason::CRASH));
-        let mut keeper = Keeper { book: book.clone(), stock: &shut, settled: BTreeSet::new(), pause: Duration::ZERO };
-        keeper.look(&|dom| dom == DomId(5));
-        assert!(shut.done.take().is_empty());
+        assert!(keeper(&shut, &book).look(&|dom| dom == DomId(5)).is_empty());
+        assert!(shut.done.lock().unwrap().is_empty());
         assert_eq!(book.list().len(), 1);
         // One that was destroyed is forgotten.
         look(&fake("on_crash", "destroy", Life::Gone), &book, 1);
@@ -440,21 +495,45 @@ mod tests {
     }
 
     #[test]
+    fn a_dump_without_end_holds_up_no_other_guest() {
+        let (_folder, book) = book();
+        book.add(6, Uuid::from_u128(8), "h").unwrap();
+        let fake = fake("on_crash", "coredump_destroy", Life::ShutDown(reason::CRASH));
+        let (end, dump) = mpsc::channel();
+        *fake.dump.lock().unwrap() = Some(dump);
+        let keeper = keeper(&fake, &book);
+        let mut threads = keeper.look(&|_| false);
+        let done = || fake.done.lock().unwrap().clone();
+        let waited = std::time::Instant::now();
+        while !done().iter().any(|line| line == "destroy 6") {
+            assert!(waited.elapsed() < Duration::from_secs(60), "{:?}", done());
+            threads.extend(keeper.look(&|_| false));
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert!(!done().iter().any(|line| line == "destroy 5"), "{:?}", done());
+        drop(end);
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        let count = |word: &str| done().iter().filter(|line| line.starts_with(word)).count();
+        assert_eq!((count("dump-core 5"), count("destroy 5"), count("dump-core 6"), count("destroy 6")), (1, 1, 1, 1));
+        assert!(book.list().is_empty());
+    }
+
+    #[test]
     fn a_restart_outlives_the_daemon() {
         let (_folder, book) = book();
         let fake = fake("on_reboot", "restart", Life::ShutDown(reason::REBOOT));
-        fake.fail.borrow_mut().push("create");
+        fake.fail.lock().unwrap().push("create");
         let tried = look(&fake, &book, 3);
         assert_eq!(tried.iter().filter(|line| line.starts_with("create")).count(), 5, "{tried:?}");
         // The old one is gone, the new one not there; the next daemon makes it.
-        fake.fail.borrow_mut().retain(|f| *f != "create");
+        fake.fail.lock().unwrap().retain(|f| *f != "create");
         assert_eq!(look(&fake, &book, 1), ["domid g", "create name = \"g\", true"]);
         assert!(book.list().is_empty());
         // One that died after it had made it does not make another.
         let restart = Some(Restart { config: "x".into(), keep_old: true });
         book.write(&Kept { domid: 5, uuid: GUEST, name: "g".into(), restart }).unwrap();
-        fake.fail.borrow_mut().clear();
-        *fake.life.borrow_mut() = Life::ShutDown(reason::REBOOT);
+        fake.fail.lock().unwrap().clear();
+        *fake.life.lock().unwrap() = Life::ShutDown(reason::REBOOT);
         assert_eq!(look(&fake, &book, 1), ["domid g"]);
         assert!(book.list().is_empty());
     }
