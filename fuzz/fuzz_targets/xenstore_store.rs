@@ -1,6 +1,7 @@
 //! Any bytes as what two tools and two guests send, read and suffer: the store answers and stays consistent.
 //!
-//! Each step is a byte that says who and what, and for a message a length and so many bytes behind it.
+//! Each step is a byte that says who and what, and for a message a length and so many bytes behind it; lengths from 240 up add a
+//! value that is made, up to beyond what a message may have.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -90,9 +91,12 @@ fuzz_target!(|data: &[u8]| {
             op => {
                 let op = Op::ALL[usize::from(op) % Op::ALL.len()];
                 let Some((&[tx, len], r)) = rest.split_first_chunk::<2>() else { break };
-                let (body, r) = r.split_at(r.len().min(len.into()));
+                let (body, r) = r.split_at(r.len().min((len % 240).into()));
                 rest = r;
-                send(&mut s, &mut h, conn, &Message::new(op.to_wire(), 1, (tx & 3).into(), body.to_vec()).to_bytes());
+                let mut body = body.to_vec();
+                // 275 bytes to 4400.
+                body.resize(body.len() + usize::from(len.saturating_sub(239)) * 275, b'v');
+                send(&mut s, &mut h, conn, &Message::new(op.to_wire(), 1, (tx & 3).into(), body).to_bytes());
             }
         }
         s.take_woken();

@@ -53,6 +53,9 @@ fn nobody_notices_who_serves_the_store() {
         tool.call(Op::SetPerms, 0, &payload::join([&home, &format!("n{domid}")])).unwrap();
         tool.call(Op::Introduce, 0, &payload::join([&domid.to_string(), "0", "1"])).unwrap();
     }
+    // Its reply is three times as long as a ring.
+    let long = vec![b'v'; 3000];
+    tool.call(Op::Write, 0, &[b"/local/domain/2/long\0", long.as_slice()].concat()).unwrap();
     let mut guest = Connection::ring(&xen, 1).unwrap();
     let mut second = Connection::ring(&xen, 2).unwrap();
     guest.call(Op::Watch, 0, b"data\0rel\0").unwrap();
@@ -62,12 +65,13 @@ fn nobody_notices_who_serves_the_store() {
     let mut daemons = vec![ours, ours, &stock, ours, &stock, ours];
     daemons.extend([ours, &stock].repeat(4));
     for (round, program) in daemons.into_iter().enumerate() {
-        // Half a request of a guest, half a request of a tool, an unread reply of another guest.
+        // Half a request of a guest, half a request of a tool; of another guest a reply of which its ring has a part, and one behind it.
         let request = Message::new(Op::Write.to_wire(), 1000, 0, format!("data/{round}\0x").into_bytes()).to_bytes();
         let (head, tail) = request.split_at(HEADER_LEN + 3);
         guest.send_raw(head).unwrap();
         let read = Message::new(Op::Read.to_wire(), 1001, 0, b"/local/domain/1\0".to_vec()).to_bytes();
         other.send_raw(&read[..20]).unwrap();
+        let half = second.send(Op::Read, 0, b"long\0").unwrap();
         let unread = second.send(Op::GetDomainPath, 0, b"2\0").unwrap();
         // The daemon has seen them.
         tool.call(Op::Read, 0, b"/tool\0").unwrap();
@@ -95,6 +99,8 @@ fn nobody_notices_who_serves_the_store() {
             }
             assert_eq!(m.header.req_id, 0);
         }
+        let m = next(&mut second);
+        assert_eq!((m.header.req_id, &m.payload), (half, &long), "round {round}");
         let m = next(&mut second);
         assert_eq!((m.header.req_id, text(&m)), (unread, "/local/domain/2\0".into()));
         let (m, _) = tool.call(Op::Read, 0, format!("/local/domain/1/data/{round}\0").as_bytes()).unwrap();
