@@ -158,7 +158,9 @@ impl Stock for Xl {
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
-        Err(format!("xl {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim()))
+        // One that was ended by a signal has said nothing.
+        let said = String::from_utf8_lossy(&output.stderr);
+        Err(format!("xl {}: {}: {}", arguments.join(" "), output.status, said.trim()))
     }
 
     fn record(&self, domid: u16, uuid: Uuid) -> Result<Vec<u8>, String> {
