@@ -45,6 +45,8 @@ pub struct Timeouts {
     pub reconnect: Duration,
     /// A peer from which nothing is heard for so long, though it was asked, is taken for unreachable.
     pub silence: Duration,
+    /// The same while the guest stands still until the peer is ready, if `silence` is not less: its kernel tells of a stall after 21 s.
+    pub silence_paused: Duration,
 }
 
 impl Default for Timeouts {
@@ -54,6 +56,7 @@ impl Default for Timeouts {
             ready: Duration::from_secs(60),
             reconnect: Duration::from_secs(1),
             silence: Duration::from_secs(15),
+            silence_paused: Duration::from_secs(5),
         }
     }
 }

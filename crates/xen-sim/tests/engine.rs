@@ -1159,6 +1159,22 @@ fn a_peer_is_not_silent_before_it_was_asked() {
     assert!(error.contains("b had not restored the guest 30"), "{error}");
 }
 
+/// A guest that stands still is not kept so as long as one that runs would be kept moving.
+#[test]
+fn a_peer_that_falls_silent_before_it_is_ready_does_not_hold_the_guest() {
+    let mut lab = answered_by(|_| {
+        std::thread::sleep(PATIENCE);
+        Vec::new()
+    });
+    let timeouts = &mut lab.hosts[0].timeouts;
+    timeouts.ready = Duration::from_secs(20);
+    timeouts.silence = Duration::from_secs(20);
+    timeouts.silence_paused = Duration::from_millis(200);
+    let error = lab.migrate().error.unwrap();
+    assert!(error.contains("nothing heard for 200ms"), "{error}");
+    assert_eq!(lab.runs_on(), ["a"]);
+}
+
 /// One for each ping: more would only fill the source's memory.
 #[test]
 fn a_pong_that_nobody_asked_for_ends_the_connection() {

@@ -191,8 +191,10 @@ impl Run {
             }
             // A ping that is not answered yet may have been sent late, by a step that took long.
             let unanswered_for = self.pings.front().map(|(_, sent)| sent.elapsed()).unwrap_or_default();
-            if self.last_heard.elapsed().min(unanswered_for) > timeouts.silence {
-                self.lost(format!("nothing heard for {:?}", timeouts.silence));
+            let paused = self.machine.state() == SourceState::AwaitingReady;
+            let silence = if paused { timeouts.silence.min(timeouts.silence_paused) } else { timeouts.silence };
+            if self.last_heard.elapsed().min(unanswered_for) > silence {
+                self.lost(format!("nothing heard for {silence:?}"));
                 return None;
             }
             if self.last_ping.elapsed() > PING_EVERY {
