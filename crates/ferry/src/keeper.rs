@@ -210,8 +210,8 @@ impl<S: Stock> Keeper<S> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sees to each guest that has ended, in a thread of its own: a core takes stock `xl` minutes to dump, without end where
-    /// the guest has a page at a high address, and no other guest shall wait for that.
+    /// Sees to each guest that has ended, in a thread of its own: a core takes stock `xl` minutes to dump, the longer the
+    /// higher the guest's last gfn is, and no other guest shall wait for that.
     fn look(self: &Arc<Self>, busy: &dyn Fn(DomId) -> bool) -> Vec<JoinHandle<()>> {
         // Before the book is read: else what a thread has just done with a guest would be done again.
         let in_hand = self.state().in_hand.clone();
