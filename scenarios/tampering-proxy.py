@@ -1,9 +1,10 @@
 #!/usr/bin/python3
-"""Between two hosts' ferryd: says that the source has another Xen, flips one byte of what it sends, or cuts the connection there.
+"""Between two hosts' ferryd: says that the source has another Xen, flips one byte of what either sends, or cuts the connection there.
 
-tampering-proxy.py PORT PEER version | flip OFFSET | cut OFFSET
+tampering-proxy.py PORT PEER version | flip OFFSET | cut OFFSET | flip-word N | cut-word N
 
-Listens on 127.0.0.1:PORT. Only the first connection of the source is harmed. OFFSET counts what the source sends. Says what it does.
+Listens on 127.0.0.1:PORT. Only the first connection of the source is harmed. OFFSET counts what the source sends, N the words of the
+destination (1 is Accept, 2 is Ready), which are harmed in their midst. Says what it does.
 """
 import socket
 import struct
@@ -11,7 +12,7 @@ import sys
 import threading
 import zlib
 
-HEADER, KIND_TO_DESTINATION = 8, 1
+HEADER, KIND_TO_DESTINATION, KIND_TO_SOURCE = 8, 1, 2
 
 
 def whole(sock, count):
@@ -24,30 +25,57 @@ def whole(sock, count):
     return data
 
 
-def pipe(from_, to):
-    try:
-        while part := from_.recv(65536):
-            to.sendall(part)
-    except OSError:
-        pass
-    for sock in (from_, to):
+def frames(from_):
+    """Each frame after the greeting without its checksum, and that."""
+    while True:
+        header = whole(from_, HEADER)
+        yield header + whole(from_, struct.unpack("<I", header[:4])[0]), whole(from_, 4)
+
+
+def shut(*socks):
+    for sock in socks:
         try:
             sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
 
 
+def pipe(from_, to):
+    try:
+        while part := from_.recv(65536):
+            to.sendall(part)
+    except OSError:
+        pass
+    shut(from_, to)
+
+
 def other_version(source, peer):
     peer.sendall(whole(source, 8))
-    while True:
-        header = whole(source, HEADER)
-        payload = whole(source, struct.unpack("<I", header[:4])[0])
-        whole(source, 4)
-        if header[4] == KIND_TO_DESTINATION and b'"minor":17' in payload:
-            payload = payload.replace(b'"minor":17', b'"minor":16')
+    for frame, _ in frames(source):
+        if frame[4] == KIND_TO_DESTINATION and b'"minor":17' in frame:
+            frame = frame.replace(b'"minor":17', b'"minor":16')
             print("tampered with the offer", flush=True)
-        frame = header + payload
         peer.sendall(frame + struct.pack("<I", zlib.crc32(frame)))
+
+
+def harm_word(peer, source, what, number):
+    try:
+        source.sendall(whole(peer, 8))
+        words = 0
+        for frame, checksum in frames(peer):
+            if frame[4] == KIND_TO_SOURCE:
+                words += 1
+                if words == number:
+                    at = HEADER + (len(frame) - HEADER) // 2
+                    print(what, "at", at, "of", frame[HEADER:].decode(), flush=True)
+                    if what == "cut-word":
+                        source.sendall(frame[:at])
+                        break
+                    frame = frame[:at] + bytes([frame[at] ^ 0x10]) + frame[at + 1:]
+            source.sendall(frame + checksum)
+    except (EOFError, OSError):
+        pass
+    shut(peer, source)
 
 
 def harm(source, peer, what, offset):
@@ -66,11 +94,15 @@ def harm(source, peer, what, offset):
 
 def serve(source, address, what, offset):
     peer = socket.create_connection((address, 8477))
-    threading.Thread(target=pipe, args=(peer, source), daemon=True).start()
+    if what and what.endswith("-word"):
+        back = threading.Thread(target=harm_word, args=(peer, source, what, offset), daemon=True)
+    else:
+        back = threading.Thread(target=pipe, args=(peer, source), daemon=True)
+    back.start()
     try:
         if what == "version":
             other_version(source, peer)
-        elif what:
+        elif what in ("flip", "cut"):
             harm(source, peer, what, offset)
         else:
             pipe(source, peer)
