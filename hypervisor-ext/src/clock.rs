@@ -47,6 +47,8 @@ fn ahead(d: Domain) -> i64 {
 /// Guest's TSC on that vCPU, and guest's system time, of one moment.
 pub fn guest_tsc(d: Domain, v: Vcpu) -> (u64, i64) {
     let at = xen::rdtsc();
+    // SAFETY: both only calculate. `v` is a vCPU of an HVM domain (GET and SET refuse others), whose `pl_time` has a lock that is
+    // taken meanwhile and that nobody here holds. The TSC is of this CPU (the context).
     unsafe { (xen::hvm_get_guest_tsc_fixed(v.0, at), xen::get_s_time_fixed(at).wrapping_add(offset(d))) }
 }
 
@@ -55,6 +57,7 @@ pub fn set_guest_tsc(d: Domain, v: Vcpu, tsc: u64, when: i64) {
     let (reads, now) = guest_tsc(d, v);
     let since = now.wrapping_sub(when);
     // For an HVM guest this only scales.
+    // SAFETY: only calculates, from fields of the domain (`Domain`'s invariant).
     let ticks = unsafe { xen::gtime_to_gtsc(d.0, since.unsigned_abs()) };
     let wanted = if since < 0 { tsc.wrapping_sub(ticks) } else { tsc.wrapping_add(ticks) };
     let to_guest = v.get::<u64>(t::V_TSC_OFFSET).wrapping_add(wanted.wrapping_sub(reads));
@@ -68,6 +71,7 @@ static DOMAINS: AtomicU32 = AtomicU32::new(0);
 #[inline(always)]
 fn slot(d: Domain) -> &'static Slot {
     // The mask keeps the index inside the table whatever the domid, in speculation too.
+    // SAFETY: masked to the length of the table, which is a power of 2.
     unsafe { TABLE.get_unchecked(usize::from(d.id()) & (SLOTS - 1)) }
 }
 
@@ -115,6 +119,9 @@ pub fn set(d: Domain, new: i64, wall: i64) {
         if shift == 0 {
             break;
         }
+        // SAFETY: lock and timers are the vCPU's (`Vcpu`'s invariant); Xen writes the period's fields under this lock, which nobody
+        // here holds. The domain lock is held and the guest paused. `set_timer` takes the timer's own lock, which comes inside, as
+        // in Xen.
         unsafe {
             let _held = xen::Spin::lock(v.at(t::V_PERIODIC_LOCK));
             // Of a timer that is off, the last tick is some host time gone by. Moved ahead of the host's clock it would keep a timer that
@@ -181,18 +188,24 @@ extern "C" fn ferry_update_vcpu_system_time(v: *mut u8, force: i32) {
     let d = Vcpu(v).domain();
     let offset = offset(d);
     if offset == 0 {
+        // SAFETY: Xen's own function, with the arguments that Xen gave.
         return unsafe { ferry_original_update_vcpu_system_time(v, force) };
     }
+    // SAFETY: `v` is a vCPU that Xen is at work on, `d` its domain; one with an offset is HVM (only SET_CLOCK gives one).
     unsafe { write_time_info(Vcpu(v), d, offset, force != 0) }
 }
 
 /// Writes an HVM guest's vcpu_time_info, in the order that its readers expect: version odd, contents, version even.
+///
+/// # Safety
+/// `v` is a vCPU of the HVM domain `d`: the running one, or one that does not run and that Xen would write this for now.
 unsafe fn write_time_info(v: Vcpu, d: Domain, offset: i64, force: bool) {
     let info: *mut u8 = v.get(t::V_INFO);
     if info.is_null() {
         return;
     }
     let at = if d.has_32bit_shinfo() { t::VI32_TIME } else { t::VI_TIME };
+    // SAFETY: a vcpu_info is 64 bytes, this part of it included (the table).
     let place = unsafe { info.add(at).cast::<TimeInfo>() };
     let cpu = xen::cpu_time();
 
@@ -200,18 +213,22 @@ unsafe fn write_time_info(v: Vcpu, d: Domain, offset: i64, force: bool) {
     if d.get::<u8>(t::D_VTSC) != 0 {
         // The emulated TSC is bound to the platform timers' time, which has its own offset: ours stays out of it.
         let pl: *const u8 = d.get(t::D_PL_TIME);
+        // SAFETY: an HVM domain has its `pl_time` as long as it lives (`Domain`'s invariant); the table.
         let stime = cpu
             .local_stime
             .wrapping_add(unsafe { load(pl, t::PL_STIME_OFFSET) })
             .wrapping_add(v.get(t::V_HVM_STIME_OFFSET));
         tsc = if stime >= 0 {
+            // SAFETY: only calculates, from fields of the domain.
             unsafe { xen::gtime_to_gtsc(d.0, stime as u64) }
         } else {
+            // SAFETY: as above.
             unsafe { xen::gtime_to_gtsc(d.0, stime.wrapping_neg() as u64) }.wrapping_neg()
         };
         mul = d.get(t::D_VTSC_TO_NS + t::TS_MUL);
         shift = d.get::<i32>(t::D_VTSC_TO_NS + t::TS_SHIFT) as i8;
     } else if xen::tsc_scaling_supported() {
+        // SAFETY: only calculates, from fields of the domain, which is HVM.
         tsc = unsafe { xen::hvm_scale_tsc(d.0, cpu.local_tsc) };
         mul = d.get(t::D_VTSC_TO_NS + t::TS_MUL);
         shift = d.get::<i32>(t::D_VTSC_TO_NS + t::TS_SHIFT) as i8;
@@ -222,6 +239,10 @@ unsafe fn write_time_info(v: Vcpu, d: Domain, offset: i64, force: bool) {
     }
     tsc = tsc.wrapping_add(v.get(t::V_TSC_OFFSET));
 
+    // SAFETY: the vcpu_info is in shared_info, or in a page that Xen unmaps only of a domain whose vCPUs have stopped for good or
+    // are reset. The guest may write it at any time, hence volatile. Xen's function writes to its copy `new` too, which is not
+    // looked at again.
+    // Gap: a 32-bit guest's is aligned to 4, and Rust asks for 8; the CPU does not.
     unsafe {
         let old = place.read_volatile();
         let mut new = TimeInfo {
@@ -265,6 +286,8 @@ extern "C" fn ferry_update_domain_wallclock_time(d: *mut u8) {
     } else {
         [t::SI_WC_VERSION, t::SI_WC_SEC, t::SI_WC_NSEC, t::SI_WC_SEC_HI]
     };
+    // SAFETY: every domain that Xen does this for has a shared_info, a page; the table. Xen writes these fields under the lock held
+    // here.
     unsafe {
         let odd = load::<u32>(si, version).wrapping_add(1) | 1;
         store(si, version, odd);
@@ -333,13 +356,19 @@ const RUNSTATE_UPDATE: u64 = 1 << 63;
 extern "C" fn ferry_update_runstate_area(v: *mut u8) -> bool {
     let offset = offset(Vcpu(v).domain());
     if offset == 0 {
+        // SAFETY: Xen's own function, with the argument that Xen gave.
         return unsafe { ferry_original_update_runstate_area(v) };
     }
+    // SAFETY: Xen calls this for the running vCPU: before `set_current()` for the one that is switched away from, after it for the
+    // next.
     unsafe { write_runstate_area(Vcpu(v), offset) }
     true
 }
 
 /// Writes the runstate area of the vCPU that is running, or is being switched away from, on this CPU.
+///
+/// # Safety
+/// `v` is what `current` says, so that its address space is the one that is written to.
 unsafe fn write_runstate_area(v: Vcpu, offset: i64) {
     let area: u64 = v.get(t::V_RUNSTATE_GUEST);
     if area == 0 {
@@ -350,6 +379,8 @@ unsafe fn write_runstate_area(v: Vcpu, offset: i64) {
     let announce = d.get::<u64>(t::D_VM_ASSIST) >> t::ASSIST_RUNSTATE_UPDATE & 1 != 0;
     // The top byte of state_entry_time carries the mark; Xen writes just that byte.
     let top = area.wrapping_add(if narrow { t::RS32_ENTRY } else { t::RS_ENTRY } as u64 + 7);
+    // SAFETY: the table, and `Vcpu`'s invariant; a vCPU that is running changes its runstate on this CPU only. What is copied out
+    // are locals of the sizes given.
     unsafe {
         let mut rs: Runstate = load(v.0, t::V_RUNSTATE);
         // A guest whose system time lies before 0 must not take its sign for the mark: it would wait for it to go for ever.
@@ -385,6 +416,8 @@ const VCPUOP_SET_SINGLESHOT_TIMER: i32 = 8;
 #[unsafe(no_mangle)]
 extern "C" fn ferry_common_vcpu_op(cmd: i32, v: *mut u8, arg: u64) -> i64 {
     let offset = offset(Vcpu(v).domain());
+    // SAFETY: Xen gave the arguments, and `v` is a vCPU of the running domain: its own function takes them as they are, ours the
+    // same `v`. `rs` is a local of the size given.
     unsafe {
         if offset == 0 {
             return ferry_original_common_vcpu_op(cmd, v, arg);
@@ -410,8 +443,13 @@ extern "C" fn ferry_common_vcpu_op(cmd: i32, v: *mut u8, arg: u64) -> i64 {
     }
 }
 
+/// `VCPUOP_get_runstate_info`, in the guest's time.
+///
+/// # Safety
+/// `v` is a vCPU, and this is a hypercall with no lock of the scheduler held.
 unsafe fn read_runstate(v: *mut u8, offset: i64) -> Runstate {
     let mut rs = Runstate { state: 0, pad: 0, entry: 0, time: [0; 4] };
+    // SAFETY: `v` is the caller's word; `rs` is laid out as Xen's structure (asserted above).
     unsafe { xen::vcpu_runstate_get(v, (&raw mut rs).cast()) };
     rs.entry = rs.entry.wrapping_add(offset as u64);
     rs
@@ -419,8 +457,12 @@ unsafe fn read_runstate(v: *mut u8, offset: i64) -> Runstate {
 
 /// A just registered area was filled by Xen with host time; fill it again. Another vCPU's area gets its turn when that vCPU is
 /// switched next, which is before it can look.
+///
+/// # Safety
+/// `v` is a vCPU, and this is a hypercall.
 unsafe fn rewrite_new_area(v: Vcpu, offset: i64) {
     if v == xen::current() {
+        // SAFETY: it is the running vCPU.
         unsafe { write_runstate_area(v, offset) }
     }
 }
@@ -433,12 +475,18 @@ struct SetSingleshot {
     pad: u32,
 }
 
+/// `VCPUOP_set_singleshot_timer`, in the guest's time.
+///
+/// # Safety
+/// `v` is a vCPU, and this is a hypercall.
 unsafe fn set_singleshot(v: Vcpu, arg: u64, offset: i64) -> i64 {
     if v != xen::current() {
         return EINVAL;
     }
     let mut set = SetSingleshot { timeout_abs_ns: 0, flags: 0, pad: 0 };
     let timer = v.at(t::V_SINGLESHOT);
+    // SAFETY: `set` is a local of the size given. `v` is the running vCPU (checked above): the timer is its own, these functions
+    // take its lock themselves, and Xen sends its event from the same place.
     unsafe {
         if xen::copy_from_guest((&raw mut set).cast(), arg, size_of::<SetSingleshot>() as u32).is_err() {
             return EFAULT;
@@ -460,6 +508,7 @@ unsafe fn set_singleshot(v: Vcpu, arg: u64, offset: i64) -> i64 {
 #[unsafe(no_mangle)]
 extern "C" fn ferry_compat_common_vcpu_op(cmd: i32, v: *mut u8, arg: u64) -> i32 {
     let offset = offset(Vcpu(v).domain());
+    // SAFETY: as in `ferry_common_vcpu_op`.
     unsafe {
         if offset == 0 || cmd != VCPUOP_GET_RUNSTATE_INFO {
             return ferry_original_compat_common_vcpu_op(cmd, v, arg);
@@ -476,11 +525,13 @@ extern "C" fn ferry_compat_common_vcpu_op(cmd: i32, v: *mut u8, arg: u64) -> i32
 /// `compat_vcpu_op(cmd, vcpuid, arg)`: registers a 32-bit guest's runstate area itself.
 #[unsafe(no_mangle)]
 extern "C" fn ferry_compat_vcpu_op(cmd: i32, id: u32, arg: u64) -> i32 {
+    // SAFETY: Xen's own function, with the arguments that Xen gave.
     let rc = unsafe { ferry_original_compat_vcpu_op(cmd, id, arg) };
     if rc == 0 && cmd == VCPUOP_REGISTER_RUNSTATE_AREA {
         let v = xen::current();
         let offset = offset(v.domain());
         if offset != 0 && v.id() == id {
+            // SAFETY: it is the running vCPU.
             unsafe { write_runstate_area(v, offset) }
         }
     }
@@ -499,6 +550,7 @@ extern "C" fn ferry_do_set_timer_op(timeout: i64) -> i64 {
         // Before the guest's time 0 and before the host's: Xen treats it as a wrapped time far ahead.
         timeout
     };
+    // SAFETY: Xen's own function, which takes any time.
     unsafe { ferry_original_do_set_timer_op(timeout) }
 }
 
@@ -507,6 +559,8 @@ extern "C" fn ferry_do_set_timer_op(timeout: i64) -> i64 {
 extern "C" fn ferry_do_poll(poll: *mut u8) -> i64 {
     const TIMEOUT: usize = 16;
     let offset = offset(xen::current().domain());
+    // SAFETY: `poll` is Xen's own copy on its stack, a `struct sched_poll` of 24 bytes (public/sched.h); Xen's own function gets it
+    // then.
     unsafe {
         if offset != 0 {
             let timeout: i64 = load(poll, TIMEOUT);
@@ -526,9 +580,11 @@ const HVMOP_GET_TIME: u64 = 10;
 extern "C" fn ferry_do_hvm_op(op: u64, arg: u64) -> i64 {
     let offset = offset(xen::current().domain());
     if offset == 0 || op != HVMOP_GET_TIME {
+        // SAFETY: Xen's own function, with the arguments that Xen gave.
         return unsafe { ferry_original_do_hvm_op(op, arg) };
     }
     let now = xen::now().wrapping_add(offset);
+    // SAFETY: `now` is a local of 8 bytes.
     match unsafe { xen::copy_to_guest(arg, (&raw const now).cast(), 8) } {
         Ok(()) => 0,
         Err(e) => e,
@@ -539,6 +595,7 @@ extern "C" fn ferry_do_hvm_op(op: u64, arg: u64) -> i64 {
 #[unsafe(no_mangle)]
 extern "C" fn ferry_arch_domain_destroy(d: *mut u8) {
     release(Domain(d));
+    // SAFETY: Xen's own function, with the argument that Xen gave.
     unsafe { ferry_original_arch_domain_destroy(d) }
 }
 
@@ -549,6 +606,8 @@ extern "C" fn ferry_revert(payload: *mut u8) -> i32 {
     if domains() != 0 {
         return -abi::REVERT_REFUSED_ERRNO;
     }
+    // SAFETY: Xen gave the payload and calls this in place of that function, in the state that it asks for: all other CPUs parked,
+    // interrupts off.
     unsafe { xen::revert_payload(payload) }
 }
 

@@ -41,6 +41,8 @@ pub fn domain(d: Domain, request: &Request, progress: &mut Progress) -> Result<(
         | flag(d.get::<u32>(t::D_EMULATION) & t::EMU_USE_PIRQ as u32 != 0, domain_flags::HVM_PIRQS)
         | flag(d.get::<u8>(t::D_TIME_OFFSET_SET) != 0, domain_flags::TIME_OFFSET_SET);
     let pl: *const u8 = d.get(t::D_PL_TIME);
+    // SAFETY: shared_info is a page of Xen's heap, in the direct map. `pl` is the HVM domain's and lives as long as the domain; the
+    // table.
     unsafe {
         s.shared_info_gfn = xen::gfn_of_mapping(d.shared_info());
         if !pl.is_null() {
@@ -62,6 +64,8 @@ pub fn domain(d: Domain, request: &Request, progress: &mut Progress) -> Result<(
             s.fifo_words = d.fifo_words();
             s.fifo_pages = s.fifo_words / abi::FIFO_WORDS_PER_PAGE;
             for (i, gfn) in s.fifo_array.iter_mut().enumerate().take(s.fifo_pages as usize) {
+                // SAFETY: the event lock is held, so the structure and its pages stay; `i` is below the number of pages, and
+                // `fifo_array` has 128 like Xen's. A page that is there is mapped for good.
                 unsafe {
                     let page: *const u8 = load(fifo, i * 8);
                     if !page.is_null() {
@@ -76,6 +80,7 @@ pub fn domain(d: Domain, request: &Request, progress: &mut Progress) -> Result<(
     for (i, watchdog) in s.watchdogs.iter_mut().enumerate() {
         let timer = d.at(t::D_WATCHDOG_TIMER + i * t::T_SIZE);
         watchdog.in_use = armed >> i & 1;
+        // SAFETY: one of the domain's `NR_WATCHDOGS` timers, initialised with the domain: `s.watchdogs` has as many entries.
         unsafe {
             if watchdog.in_use != 0 && xen::timer_is_active(timer) {
                 watchdog.remaining = xen::timer_expires(timer).wrapping_sub(s.now).max(1);
@@ -108,6 +113,8 @@ fn bring_cr2_up_to_date(v: Vcpu) {
     }
     let vmcb: *const u8 = v.get(t::V_VMCB);
     if !vmcb.is_null() {
+        // SAFETY: `is_svm` says that this part of the vCPU is SVM's; not null; Xen frees a VMCB only with its vCPU. The guest is
+        // paused.
         let cr2: u64 = unsafe { load(vmcb, t::VMCB_CR2) };
         v.set(t::V_CR2, cr2);
     }
@@ -120,6 +127,7 @@ fn vcpu_state(d: Domain, v: Vcpu) -> VcpuState {
     s.flags = flag(v.get::<u8>(t::V_INITIALISED) != 0, vcpu_flags::INITIALISED)
         | flag(pause_flags >> t::VPF_DOWN_BIT & 1 != 0, vcpu_flags::DOWN)
         | flag(pause_flags >> t::VPF_BLOCKED_BIT & 1 != 0, vcpu_flags::BLOCKED);
+    // SAFETY: the mask has a bit for each of the domain's vCPUs, of which `v` is one, and lives as long as the domain.
     let polling: u8 = unsafe {
         let mask: *const u8 = poll_mask(d);
         load(mask, (v.id() / 8) as usize)
@@ -130,6 +138,8 @@ fn vcpu_state(d: Domain, v: Vcpu) -> VcpuState {
     if v.get::<u64>(t::V_INFO_MFN) != u64::MAX {
         let info: *const u8 = v.get(t::V_INFO);
         s.flags |= vcpu_flags::VCPU_INFO_PLACED;
+        // SAFETY: its mfn is set, which Xen does after it has mapped the page and set the pointer; it unmaps it in a domctl only,
+        // and this is one.
         s.vcpu_info_gfn = unsafe { xen::gfn_of_mapping(info) };
         s.vcpu_info_offset = (info as u64 & (xen::PAGE_SIZE - 1)) as u32;
     }
@@ -144,17 +154,20 @@ fn vcpu_state(d: Domain, v: Vcpu) -> VcpuState {
         let control = v.fifo_control();
         if !control.is_null() {
             s.flags |= vcpu_flags::FIFO_CONTROL;
+            // SAFETY: not null, and the event lock is held: the page is mapped for good and stays so.
             s.fifo_control_gfn = unsafe { xen::gfn_of_mapping(control) };
             s.fifo_control_offset = (control as u64 & (xen::PAGE_SIZE - 1)) as u32;
         }
         let fifo = v.fifo();
         if !fifo.is_null() {
             for (i, tail) in s.fifo_tails.iter_mut().enumerate() {
+                // SAFETY: not null, and kept by the event lock; 16 queues like `fifo_tails` (the table).
                 *tail = unsafe { load(fifo, t::FV_QUEUE + i * t::FQ_SIZE + t::FQ_TAIL) };
             }
         }
         s.virq_ports = v.get(t::V_VIRQ);
     }
+    // SAFETY: one of the vCPU's timers (`Vcpu`'s invariant).
     unsafe {
         let singleshot = v.at(t::V_SINGLESHOT);
         if xen::timer_is_active(singleshot) {
@@ -286,6 +299,8 @@ pub fn pirqs(d: Domain, request: &Request, progress: &mut Progress) -> Result<()
             if info.is_null() {
                 None
             } else {
+                // SAFETY: not null, and the event lock, under which Xen takes pirqs away, is held. The domain is HVM (checked
+                // above), so both fields are there.
                 let (port, emuirq): (u32, i32) = unsafe { (load(info, t::PIRQ_EVTCHN), load(info, t::PIRQ_EMUIRQ)) };
                 Some(PirqState { pirq, emuirq, port, reserved: 0 })
             }

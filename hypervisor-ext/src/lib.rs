@@ -6,6 +6,7 @@
 //! Everything but the wrapped functions runs inside one domctl, with Xen's domctl lock held: so at most one operation runs at a time.
 #![no_std]
 #![deny(unsafe_op_in_unsafe_fn)]
+#![deny(clippy::undocumented_unsafe_blocks, clippy::missing_safety_doc)]
 
 /// The ABI, the same file that the tools use.
 #[path = "../../crates/xen-abi/src/ext.rs"]

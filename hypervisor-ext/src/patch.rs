@@ -80,7 +80,7 @@ pub struct Patched {
     expect: [u8; 32],
 }
 
-// SAFETY: read by Xen's loader only, before any code of the payload runs.
+// SAFETY: no code of the payload looks at it; Xen alone reads it, and fills in the old address when it loads the payload.
 unsafe impl Sync for Patched {}
 
 const _: () = assert!(

@@ -34,6 +34,8 @@ unsafe extern "C" {
 /// Xen has checked that the caller is privileged over the domain, holds the domctl lock, and keeps `d` alive.
 #[unsafe(no_mangle)]
 extern "C" fn ferry_arch_do_domctl(domctl: *mut u8, d: *mut u8, handle: u64) -> i64 {
+    // SAFETY: `domctl` is Xen's own copy on its stack, whose union has 128 bytes at this offset (the table), 64 of them a
+    // `Request`, which any bits are. If the command is not ours, Xen's own function gets what Xen gave.
     unsafe {
         if load::<u32>(domctl, 0) != abi::DOMCTL {
             return ferry_original_arch_do_domctl(domctl, d, handle);
@@ -100,12 +102,16 @@ fn carry_out_set(d: Domain, request: &Request, progress: &mut Progress) -> Resul
     if !d.is_hvm() {
         return Err(refuse(EOPNOTSUPP, Fault::NOT_HVM));
     }
-    // The domctl lock is held all along, and only under it a domain is killed or reset and the controller's pause count changed: what is
-    // checked now holds. The domain lock is what Xen takes to place a vcpu_info and to give vCPUs a context.
+    // The domctl lock is held all along, and only under it a domain is killed, soft-reset or unpaused by its controller: what is
+    // checked now holds. The domain lock is what Xen takes to place a vcpu_info and to give vCPUs a context. Neither keeps out what
+    // dom0, or a stub device model, does to the target's event channels and pirqs (EVTCHNOP_reset, PHYSDEVOP_map_pirq); the event
+    // lock does.
+    // SAFETY: a domctl, with no lock held but the domctl's, which Xen takes before this one as well.
     let _held = unsafe { DomainLock::lock(d) };
     if d.is_dying() {
         return Err(refuse(EINVAL, Fault::DYING));
     }
+    // Gap: a guest that a debugger (gdbsx) stops counts as paused a moment before its vCPUs have stopped.
     if !d.is_paused() {
         return Err(refuse(EBUSY, Fault::NOT_PAUSED));
     }
@@ -161,12 +167,14 @@ fn check_single<T>(request: &Request) -> Result<(), Refusal> {
 /// Reads the one structure that the request's buffer holds.
 pub fn take<T: abi::Plain>(request: &Request) -> Result<T, Refusal> {
     check_single::<T>(request)?;
+    // SAFETY: only the operations come here, so this is a domctl. Any address will do.
     unsafe { fetch(request.buffer) }
 }
 
 /// Answers with one structure.
 pub fn give<T: abi::Plain>(request: &Request, value: &T, progress: &mut Progress) -> Result<(), Refusal> {
     check_single::<T>(request)?;
+    // SAFETY: as in `take`.
     unsafe { deliver(request.buffer, value)? };
     progress.done = 1;
     Ok(())
@@ -189,15 +197,22 @@ fn entry_address<T>(request: &Request, index: u32) -> u64 {
 }
 
 pub fn take_entry<T: abi::Plain>(request: &Request, index: u32) -> Result<T, Refusal> {
+    // SAFETY: as in `take`.
     unsafe { fetch(entry_address::<T>(request, index)) }
 }
 
 pub fn give_entry<T: abi::Plain>(request: &Request, index: u32, value: &T) -> Result<(), Refusal> {
+    // SAFETY: as in `take`.
     unsafe { deliver(entry_address::<T>(request, index), value) }
 }
 
+/// Reads a `T` at any address of the caller.
+///
+/// # Safety
+/// This is a domctl, so that the running vCPU is the caller's.
 unsafe fn fetch<T: abi::Plain>(from: u64) -> Result<T, Refusal> {
     let mut value = core::mem::MaybeUninit::<T>::zeroed();
+    // SAFETY: `value` has the size given. Any bits are a `T` (`Plain`), and it was zero before.
     unsafe {
         xen::copy_from_guest(value.as_mut_ptr().cast(), from, size_of::<T>() as u32)
             .map_err(|errno| refuse(errno, Fault::BUFFER))?;
@@ -205,7 +220,12 @@ unsafe fn fetch<T: abi::Plain>(from: u64) -> Result<T, Refusal> {
     }
 }
 
+/// Writes a `T` to any address of the caller.
+///
+/// # Safety
+/// This is a domctl, so that the running vCPU is the caller's.
 unsafe fn deliver<T: abi::Plain>(to: u64, value: &T) -> Result<(), Refusal> {
+    // SAFETY: `value` has the size given, and no padding (`Plain`) by which something else would leak.
     unsafe {
         xen::copy_to_guest(to, core::ptr::from_ref(value).cast(), size_of::<T>() as u32)
             .map_err(|errno| refuse(errno, Fault::BUFFER))

@@ -97,13 +97,17 @@ fn set_event_array(d: Domain, wanted: &DomainState) -> Result<(), Refusal> {
         return Err(refuse(EBUSY, Fault::FIFO_ARRAY));
     }
     drop(held);
-    // Mapped without the event lock, as that is not needed for it; the domain lock keeps everybody else out.
+    // Mapped without the event lock, as that is not needed for it; the domctl lock keeps every other SET out.
+    // SAFETY: the domctl lock is held, so one operation runs at a time, and this function, the only user, is not called from
+    // itself.
     let mapped = unsafe { &mut *(&raw mut MAPPED) };
     for (i, (gfn, place)) in wanted.fifo_array.iter().zip(mapped.iter_mut()).enumerate().take(pages) {
+        // SAFETY: a domctl, and the domain is not dying (checked in `carry_out_set`, under locks that are still held).
         match unsafe { d.map_page(*gfn) } {
             Ok(page) => *place = page,
             Err(errno) => {
                 for page in mapped.iter().take(i) {
+                    // SAFETY: mapped just now by the loop, not stored anywhere else, and given back once.
                     unsafe { Domain::unmap_page(*page) };
                 }
                 return Err(refuse(errno, Fault::FIFO_ARRAY));
@@ -112,10 +116,13 @@ fn set_event_array(d: Domain, wanted: &DomainState) -> Result<(), Refusal> {
     }
     let _held = d.event_lock();
     for (i, page) in mapped.iter().enumerate().take(pages) {
+        // SAFETY: `i` is below `FD_PAGES` (checked above); the event lock is held, under which Xen writes them.
+        // Gap: it was let go in between. EVTCHNOP_reset, by dom0 or a stub device model, may have freed `fifo` meanwhile.
         unsafe { store(fifo, i * 8, *page) };
     }
     // The pages must be seen before the number that says they are there.
     compiler_fence(Ordering::SeqCst);
+    // SAFETY: as above, gap included.
     unsafe { store::<u32>(fifo, t::FD_NUM, pages as u32 * abi::FIFO_WORDS_PER_PAGE) };
     // No port is raised here, unlike when a guest adds a page: the guest's words and queue heads are in memory as they were, and an event
     // linked before the tails are set would cut a queue that is not empty.
@@ -123,6 +130,8 @@ fn set_event_array(d: Domain, wanted: &DomainState) -> Result<(), Refusal> {
 }
 
 fn set_watchdogs(d: Domain, wanted: &DomainState) {
+    // SAFETY: lock and timers are the domain's, as many as `wanted.watchdogs` has; Xen writes the map under this lock, which nobody
+    // here holds, and `set_timer` and `stop_timer` take the timer's own.
     unsafe {
         let _held = xen::Spin::lock(d.at(t::D_WATCHDOG_LOCK));
         let mut armed: u32 = d.get(t::D_WATCHDOG_MAP);
@@ -287,6 +296,8 @@ fn set_fifo_control(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusa
                 })?;
                 for queue in 0..abi::FIFO_QUEUES {
                     let at = t::FV_QUEUE + queue * t::FQ_SIZE;
+                    // SAFETY: fresh memory of `FV_SIZE` bytes, zeroed, which has `FIFO_QUEUES` queues (the table); nobody else
+                    // knows it.
                     unsafe {
                         store::<u8>(fifo, at + t::FQ_PRIORITY, queue as u8);
                         xen::spin_lock_init(fifo.add(at + t::FQ_LOCK));
@@ -300,8 +311,11 @@ fn set_fifo_control(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusa
             forget_fifo(d);
             refuse(errno, Fault::FIFO_CONTROL)
         })?;
+        // SAFETY: every vCPU has its FIFO state by now, `v` too; the event lock is held, as in Xen. The offset was checked in
+        // `check_vcpu`, and Xen refuses a gfn that it can't map.
         let mapped = unsafe { xen::map_control_block(v.0, wanted.fifo_control_gfn, wanted.fifo_control_offset) };
         if mapped != 0 {
+            // SAFETY: allocated above, and not given to anybody yet.
             unsafe { xen::xfree(array) };
             forget_fifo(d);
             return Err(refuse(i64::from(mapped), Fault::FIFO_CONTROL));
@@ -318,6 +332,9 @@ fn set_fifo_control(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusa
         }
         return Ok(());
     }
+    // SAFETY: the event lock is held, the offset was checked in `check_vcpu`, and each vCPU that was there when the domain was
+    // switched has FIFO state.
+    // Gap: one that was made after that (a domain whose vCPUs could not all be made at once) has none, and Xen does not look.
     match unsafe { xen::map_control_block(v.0, wanted.fifo_control_gfn, wanted.fifo_control_offset) } {
         0 => Ok(()),
         errno => Err(refuse(i64::from(errno), Fault::FIFO_CONTROL)),
@@ -331,6 +348,8 @@ fn forget_fifo(d: Domain) {
         if let Some(v) = d.vcpu(id) {
             let fifo = v.fifo();
             v.set(t::V_FIFO, core::ptr::null_mut::<u8>());
+            // SAFETY: null, or of Xen's heap; the event lock is held and the domain uses 2-level event channels, so nobody follows
+            // the pointer.
             unsafe { xen::xfree(fifo) };
         }
     }
@@ -342,6 +361,8 @@ const DEFAULT_PRIORITY: u8 = 7;
 /// Points the vCPU at the guest's page, whose contents stay: unlike VCPUOP_register_vcpu_info, which copies the old contents over it and
 /// marks every event pending.
 fn place_vcpu_info(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusal> {
+    // SAFETY: the domain is not dying. The offset leaves room for a vcpu_info and is aligned as Xen asks, and none was placed
+    // before (both in `check_vcpu`, under the domain lock, which Xen takes for this too).
     unsafe {
         let page = d.map_page(wanted.vcpu_info_gfn).map_err(|errno| refuse(errno, Fault::VCPU_INFO))?;
         v.set(t::V_INFO, page.add(wanted.vcpu_info_offset as usize));
@@ -361,6 +382,8 @@ fn set_tails(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusal> {
     for (queue, tail) in wanted.fifo_tails.iter().enumerate() {
         let tail = if *tail < words { *tail } else { 0 };
         let at = t::FV_QUEUE + queue * t::FQ_SIZE;
+        // SAFETY: not null, and the event lock, held here, keeps it; 16 queues like `fifo_tails` (the table). Xen takes this lock
+        // in interrupts as well, inside of the event lock too.
         unsafe {
             let _queue = xen::SpinIrq::lock(fifo.add(at + t::FQ_LOCK));
             store(fifo, at + t::FQ_TAIL, tail);
@@ -371,6 +394,8 @@ fn set_tails(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusal> {
 
 fn set_singleshot(d: Domain, v: Vcpu, wanted: &VcpuState) {
     let timer = v.at(t::V_SINGLESHOT);
+    // SAFETY: the vCPU's timer (`Vcpu`'s invariant); these functions take its own lock. The vCPU's CPU is online, and none goes
+    // offline while this one is in a hypercall.
     unsafe {
         if wanted.flags & vcpu_flags::SINGLESHOT != 0 {
             let expires = wanted.singleshot_expires.saturating_sub(clock::offset(d)).max(1);
@@ -383,6 +408,7 @@ fn set_singleshot(d: Domain, v: Vcpu, wanted: &VcpuState) {
 }
 
 fn set_periodic(d: Domain, v: Vcpu, wanted: &VcpuState) {
+    // SAFETY: lock and timer are the vCPU's (`Vcpu`'s invariant); Xen writes these fields under this lock, which nobody here holds.
     unsafe {
         let _held = xen::Spin::lock(v.at(t::V_PERIODIC_LOCK));
         xen::stop_timer(v.at(t::V_PERIODIC));
@@ -448,6 +474,8 @@ fn port(d: Domain, wanted: &PortState) -> Result<(), Refusal> {
     // Xen makes the port at its number as an unbound one, with all its own checks; then it gets its kind. For the kinds other than unbound
     // it is unbound to the domain itself meanwhile, which does not run, so nobody can bind it.
     let mut alloc = AllocUnbound { dom: d.id(), remote_dom: remote, port: 0 };
+    // SAFETY: `alloc` is laid out as Xen's structure. The event lock, which this takes, is not held; any port that is a positive
+    // `i32` will do.
     match i64::from(unsafe { xen::evtchn_alloc_unbound(&mut alloc, wanted.port) }) {
         0 => {}
         errno @ (EBUSY | ENOSPC) => return Err(refuse(errno, Fault::PORT)),
@@ -464,6 +492,8 @@ fn close(d: Domain, port: u32) -> Result<(), Refusal> {
     if state == port_state::FREE {
         return Ok(());
     }
+    // SAFETY: the event lock, which this takes, is not held any more. What is not there, or Xen's own, is refused, and an
+    // interdomain port leads back (`connect`), as Xen asks.
     match unsafe { xen::evtchn_close(d.0, port as i32, true) } {
         0 => Ok(()),
         errno => Err(refuse(i64::from(errno), Fault::PORT)),
@@ -473,6 +503,9 @@ fn close(d: Domain, port: u32) -> Result<(), Refusal> {
 /// Turns the just made port into what it shall be. The domain lock is held and the domain paused, so it is still there.
 fn give_kind(d: Domain, v: Vcpu, wanted: &PortState) -> Result<(), Refusal> {
     let pirq = if wanted.state == port_state::PIRQ {
+        // SAFETY: below `nr_pirqs` (checked in `check_pirq_port`); what is found is freed by RCU, so not before this domctl ends.
+        // Gap: one that is not there is inserted into the domain's tree, which Xen does under the event lock only; it is not held
+        // here.
         let info = unsafe { xen::pirq_get_info(d.0, wanted.irq as i32) };
         if info.is_null() {
             close(d, wanted.port)?;
@@ -504,6 +537,8 @@ fn give_kind(d: Domain, v: Vcpu, wanted: &PortState) -> Result<(), Refusal> {
         } else if wanted.state == port_state::IPI {
             evtchn.set::<u8>(t::E_STATE, port_state::IPI);
         } else if wanted.state == port_state::PIRQ {
+            // SAFETY: both locks are held. `pirq` is not null (checked above); if it was taken out of the tree since, RCU still
+            // keeps its memory.
             unsafe { link_pirq(d, evtchn, pirq, wanted) }
         }
     }
@@ -601,6 +636,7 @@ fn check_pirq_port(d: Domain, wanted: &PortState) -> Result<(), Refusal> {
     xen::no_speculation();
     let _held = d.event_lock();
     let info = d.pirq(wanted.irq);
+    // SAFETY: not null, and kept by the event lock; the table.
     if !info.is_null() && unsafe { load::<u32>(info, t::PIRQ_EVTCHN) } != 0 {
         return Err(refuse(EEXIST, Fault::PORT_PIRQ));
     }
@@ -609,9 +645,13 @@ fn check_pirq_port(d: Domain, wanted: &PortState) -> Result<(), Refusal> {
 
 /// What EVTCHNOP_bind_pirq does for a pirq without a physical interrupt: the pirq gets the port, vCPU 0's list gets the event channel (Xen
 /// moves it when the port is bound to another vCPU, so here it goes to the list of the vCPU that is notified).
+///
+/// # Safety
+/// The event lock and the event channel's own are held, and `info` is a `struct pirq` that is not freed meanwhile.
 unsafe fn link_pirq(d: Domain, evtchn: Evtchn, info: *mut u8, wanted: &PortState) {
     let v = d.vcpu(u32::from(wanted.notify_vcpu));
     let Some(v) = v else { return };
+    // SAFETY: the caller vouches for `info`; Xen writes the field under the event lock.
     unsafe { store::<u32>(info, t::PIRQ_EVTCHN, wanted.port) };
     let head: u32 = v.get(t::V_PIRQ_HEAD);
     evtchn.set::<u32>(t::E_PIRQ, wanted.irq);
@@ -650,12 +690,14 @@ fn pirq(d: Domain, wanted: &PirqState) -> Result<(), Refusal> {
         return Ok(());
     }
     let _held = d.event_lock();
+    // SAFETY: the event lock is held, as Xen asks; the pirq is below `nr_pirqs` (checked above).
     match unsafe { xen::map_domain_emuirq_pirq(d.0, wanted.pirq as i32, wanted.emuirq) } {
         0 => {}
         errno => return Err(refuse(i64::from(errno), Fault::PIRQ)),
     }
     // Xen answers 0 also when it kept another mapping.
     let info = d.pirq(wanted.pirq);
+    // SAFETY: not null, and kept by the event lock; the domain is HVM, so the field is there.
     if info.is_null() || unsafe { load::<i32>(info, t::PIRQ_EMUIRQ) } != wanted.emuirq {
         return Err(refuse(EBUSY, Fault::PIRQ));
     }
