@@ -30,7 +30,8 @@ enum Task {
     Build,
     /// Build the hypervisor extension for every build of Xen that it has a table for.
     Extension {
-        /// Prove that the object has no instruction, relocation or reference that may not be in a payload.
+        /// Prove that the object has no instruction, relocation or reference that may not be in a payload, and that each `unsafe` in
+        /// the source says why it is sound.
         #[arg(long)]
         check: bool,
     },

@@ -14,7 +14,6 @@ const COMPILER: &str = "1.95.0";
 const FLAGS: &[&str] = &[
     "--edition=2024",
     "--crate-type=lib",
-    "--emit=obj",
     "-Copt-level=2",
     "-Cpanic=abort",
     "-Ccodegen-units=1",
@@ -40,19 +39,8 @@ pub fn build(build_id: &str) -> Result<PathBuf> {
     let linked = folder.join(format!("{build_id}.linked.o"));
     let payload = folder.join(format!("ferry-{build_id}.livepatch"));
 
-    let rustc = compiler()?;
-    let root = crate::build::root()?;
-    run(Command::new(&rustc)
-        .args(FLAGS)
-        .arg(format!("--remap-path-prefix={}=.", root.display()))
-        .arg("--crate-name=ferry_hypervisor_ext")
-        .arg("-o")
-        .arg(&object)
-        .arg(super::home()?.join("src/lib.rs"))
-        // The options above that begin with -Z, on a stable compiler of a pinned version.
-        .env("RUSTC_BOOTSTRAP", "1")
-        .env("FERRY_XEN_TABLE", &table))
-    .with_context(|| format!("compile the extension for {build_id}"))?;
+    run(compilation(&compiler()?, &table)?.args(["--emit=obj", "-o"]).arg(&object))
+        .with_context(|| format!("compile the extension for {build_id}"))?;
     run(Command::new("ld").args(["-r", "--build-id=sha1", "-z", "noexecstack", "-o"]).arg(&linked).arg(&object))
         .context("link the extension (binutils' ld)")?;
     let mut strip = Command::new("objcopy");
@@ -67,6 +55,34 @@ pub fn build(build_id: &str) -> Result<PathBuf> {
         let _ = std::fs::remove_file(intermediate);
     }
     Ok(payload)
+}
+
+/// Has clippy look for what the crate itself denies: an `unsafe` without its reason. It is outside of the workspace and so is not among
+/// what `cargo clippy` sees.
+pub fn lint(build_id: &str) -> Result<()> {
+    let table = super::tables()?.join(format!("{build_id}.rs"));
+    let driver = compiler()?.with_file_name("clippy-driver");
+    let unwanted = tempfile::tempdir().context("make a folder for what clippy compiles")?;
+    run(compilation(&driver, &table)?
+        .args(["--emit=metadata", "--allow=clippy::all", "--out-dir"])
+        .arg(unwanted.path())
+        // Where its clippy.toml lies.
+        .current_dir(super::home()?))
+    .with_context(|| format!("look through the extension for {build_id} with {}", driver.display()))
+}
+
+/// The crate, compiled with one table; what shall come of it is for the caller to add.
+fn compilation(compiler: &Path, table: &Path) -> Result<Command> {
+    let mut command = Command::new(compiler);
+    command
+        .args(FLAGS)
+        .arg(format!("--remap-path-prefix={}=.", crate::build::root()?.display()))
+        .arg("--crate-name=ferry_hypervisor_ext")
+        .arg(super::home()?.join("src/lib.rs"))
+        // The options above that begin with -Z, on a stable compiler of a pinned version.
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("FERRY_XEN_TABLE", table);
+    Ok(command)
 }
 
 fn output_folder() -> Result<PathBuf> {
