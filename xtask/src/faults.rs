@@ -27,6 +27,9 @@ pub struct Options {
     /// Leave out so many: to go on where a run was ended
     #[arg(long, value_name = "N", default_value_t = 0)]
     skip: usize,
+    /// No more than so many: a part of a long run, with a verdict of its own
+    #[arg(long, value_name = "N")]
+    take: Option<usize>,
     /// So many for one pair of hosts
     #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     chunk: usize,
@@ -131,7 +134,8 @@ fn cases(options: &Options) -> Vec<Case> {
         let gone = point.name.contains(".before.").then_some(Fault::Hang);
         point.faults().iter().chain(&gone).map(of).collect::<Vec<_>>()
     });
-    each.filter(|c| options.kind.as_ref().is_none_or(|kind| c.kind() == *kind)).skip(options.skip).collect()
+    let of_kind = each.filter(|c| options.kind.as_ref().is_none_or(|kind| c.kind() == *kind));
+    of_kind.skip(options.skip).take(options.take.unwrap_or(usize::MAX)).collect()
 }
 
 /// The guest, behind its hosts. It is small, so that a move is short; what its ramdisk leaves behind is no memory that must be sent.
@@ -316,7 +320,16 @@ mod tests {
     use std::path::Path;
 
     fn options(step: Option<&str>, kind: Option<&str>) -> Options {
-        Options { step: step.map(str::to_owned), kind: kind.map(str::to_owned), list: false, skip: 0, chunk: 24 }
+        let (step, kind) = (step.map(str::to_owned), kind.map(str::to_owned));
+        Options { step, kind, list: false, skip: 0, take: None, chunk: 24 }
+    }
+
+    #[test]
+    fn parts_of_a_run_make_up_the_whole() {
+        let part = |skip, take| cases(&Options { skip, take, ..options(None, Some(GONE)) });
+        let whole = part(0, None);
+        assert_eq!([part(0, Some(7)), part(7, Some(3)), part(10, None)].concat(), whole);
+        assert_eq!(part(7, Some(3)).len(), 3);
     }
 
     #[test]
