@@ -198,7 +198,7 @@ extern "C" fn ferry_update_vcpu_system_time(v: *mut u8, force: i32) {
 /// Writes an HVM guest's vcpu_time_info, in the order that its readers expect: version odd, contents, version even.
 ///
 /// # Safety
-/// `v` is a vCPU of the HVM domain `d`: the running one, or one that does not run and that Xen would write this for now.
+/// `v` is a vCPU of the HVM domain `d`: the running one, or one that does not run and that Xen is just writing this for.
 unsafe fn write_time_info(v: Vcpu, d: Domain, offset: i64, force: bool) {
     let info: *mut u8 = v.get(t::V_INFO);
     if info.is_null() {
