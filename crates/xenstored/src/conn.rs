@@ -12,6 +12,8 @@ use xenstore_wire::{FrameDecoder, HEADER_LEN, Header, Message};
 pub type ConnId = u32;
 /// A request whose reply, or whose last watch event, is still to be sent.
 pub type RequestId = u64;
+/// Found quickly; in no order. Nobody outside chooses the ids.
+pub type ByConn<T> = rustc_hash::FxHashMap<ConnId, T>;
 
 /// Who is at the other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,7 +159,7 @@ pub struct Connection {
     /// In the order of registration.
     pub watches: BTreeSet<WatchId>,
     /// By id.
-    pub transactions: BTreeMap<u32, Transaction>,
+    pub transactions: BTreeMap<u32, Box<Transaction>>,
     /// Where the search for a free id begins.
     pub next_tx: u32,
     /// The domain it acts for.

@@ -108,7 +108,7 @@ impl Store {
                 if d.conn.is_some() { "" } else { ", not introduced" },
             );
         }
-        for c in self.conns.values() {
+        for c in self.conns_in_order() {
             let bytes: usize = c.out.iter().map(|m| m.left()).sum();
             let _ = writeln!(
                 s,

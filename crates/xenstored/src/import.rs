@@ -292,7 +292,7 @@ pub(crate) fn restore_transactions(s: &mut Store, id: ConnId, txs: &TxRecords, s
         }
         let _ = s.charge(domid, t.charged as i64, false);
         if let Some(c) = s.conns.get_mut(&id)
-            && c.transactions.insert(tx_id, t).is_none()
+            && c.transactions.insert(tx_id, Box::new(t)).is_none()
         {
             c.next_tx = c.next_tx.max(tx_id.wrapping_add(1));
             s.open_transactions += 1;
@@ -545,7 +545,7 @@ impl Store {
             }
             self.put_node(&n.path, perms.into(), &n.value);
             if notify {
-                self.fire(Some(c), &n.path, None, false, None, host.now_ms());
+                self.fire(Some(c), &n.path, None, false, None, host);
             }
         }
         // Only now: a child that comes counts as a change of its parent. Generations of here stay beyond those of there,
@@ -606,7 +606,7 @@ impl Store {
             if let Some(parent) = self.tree.get_mut(path::parent(p)) {
                 let before = parent.children.bytes() as i64;
                 parent.children.remove(leaf);
-                parent.children.insert(self.names.get(leaf), Rc::new(n));
+                parent.children.insert(leaf, Rc::new(n));
                 grown = parent.children.bytes() as i64 - before;
                 parent_owner = parent.owner();
                 if grown != 0 {
@@ -640,7 +640,7 @@ impl Store {
                 Some(n) => {
                     self.put_node(&p, n.perms.clone(), &n.value);
                     if a.notify {
-                        self.fire(None, &p, None, false, None, host.now_ms());
+                        self.fire(None, &p, None, false, None, host);
                     }
                 }
             }

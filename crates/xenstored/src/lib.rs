@@ -1,6 +1,7 @@
 //! A xenstore daemon: [`Store`] holds its state and speaks the protocol without doing any I/O; `daemon` runs it over unix
 //! sockets, rings and event channels.
 
+pub mod children;
 pub mod conn;
 mod control;
 pub mod daemon;

@@ -186,7 +186,7 @@ impl Store {
         let (conn, now) = (l.conn, host.now_ms());
         let mut reason = String::new();
         let (mut open, mut long) = (0, 0);
-        for c in self.conns.values() {
+        for c in self.conns_in_order() {
             let Some(started) = c.transactions.values().map(|t| t.started_ms).min() else { continue };
             open += 1;
             let age = now.saturating_sub(started);
@@ -247,7 +247,7 @@ impl Store {
     ) -> Result<Vec<u8>, EncodeError> {
         let mut w = Writer::new(Format::V1);
         w.record(&Record::Global { socket_fd, evtchn_fd })?;
-        for c in self.conns.values() {
+        for c in self.conns_in_order() {
             let mut unread = Vec::new();
             let spec = match c.peer {
                 Peer::Socket => {
@@ -305,7 +305,7 @@ impl Store {
         }
         // A stock daemon takes every node record for a committed one: transactions' nodes go only to one of ours, in
         // records that a stock daemon skips.
-        for c in self.conns.values() {
+        for c in self.conns_in_order() {
             for r in transaction_records_in(c, c.id, Some(&self.tree), true) {
                 w.record(&r)?;
             }
@@ -500,8 +500,8 @@ impl Store {
                     .tree
                     .get_mut(xenstore_wire::path::parent(p))
                     .ok_or_else(|| format!("node {} comes before its parent", shown()))?;
-                let name = self.names.get(xenstore_wire::path::leaf(p));
-                if parent.children.get(&name).is_some() {
+                let name = xenstore_wire::path::leaf(p);
+                if parent.children.get(name).is_some() {
                     return Err(format!("node {} comes twice", shown()));
                 }
                 parent.children.insert(name, Rc::new(n));

@@ -2,7 +2,7 @@
 
 use crate::conn::Peer;
 use crate::host::Host;
-use crate::node::{Node, PermList, Value, owner};
+use crate::node::{Name, Node, PermList, Value, owner};
 use crate::quota::node_size;
 use crate::store::{Answer, Caller, Found, Rights, Store, node_cost, ok};
 use crate::tx::{Accessed, Changed, NO_GENERATION, State, Transaction};
@@ -12,7 +12,7 @@ use std::collections::HashSet;
 use std::rc::Rc;
 use xenstore_wire::{Errno, Header, Op, PAYLOAD_MAX, Perm, REL_PATH_MAX, path, payload, perm};
 
-type Tx = Option<Transaction>;
+type Tx = Option<Box<Transaction>>;
 /// Path and token of the event that follows a `WATCH`.
 type InitialEvent = Option<(Vec<u8>, Rc<[u8]>)>;
 
@@ -79,7 +79,19 @@ impl Store {
         Ok((path, f))
     }
 
+    /// The short way to what most requests are about: a node that is there and may be read, outside of a transaction.
+    fn readable_now(&self, c: &Caller, tx: &Tx, p: &[u8]) -> Result<Option<&Rc<Node>>, Errno> {
+        let path = payload::one_arg(p)?;
+        if tx.is_some() || path.first() != Some(&b'/') || !self.is_valid(path) {
+            return Ok(None);
+        }
+        Ok(self.tree.get(path).filter(|n| self.rights(c, &n.perms, n.generation).covers(Rights::READ)))
+    }
+
     fn op_read(&mut self, c: &Caller, tx: &mut Tx, p: &[u8]) -> Answer {
+        if let Some(n) = self.readable_now(c, tx, p)? {
+            return Ok(Some((*n.value).into()));
+        }
         let (path, _) = self.node_arg(c, tx, p, Rights::READ)?;
         Ok(Some(match tx {
             Some(t) => t.nodes.get(&path[..]).map_or(&[][..], |a| a.value()).into(),
@@ -88,11 +100,11 @@ impl Store {
     }
 
     /// Names of the children joined with NULs, and the node's generation.
-    fn children(&self, tx: &Tx, path: &[u8], max: usize) -> Result<(Vec<u8>, u64), Errno> {
+    fn children(&self, tx: &Tx, path: &[u8], max: usize) -> Result<(Rc<[u8]>, u64), Errno> {
         match tx {
             Some(t) => match t.nodes.get(path) {
                 Some(a) if a.children_bytes() > max => Err(Errno::E2BIG),
-                Some(a) => Ok((payload::join(a.children()), a.stamp())),
+                Some(a) => Ok((payload::join(a.children()).into(), a.stamp())),
                 None => Err(Errno::EIO),
             },
             None => match self.tree.get(path) {
@@ -104,8 +116,13 @@ impl Store {
     }
 
     fn op_directory(&mut self, c: &Caller, tx: &mut Tx, p: &[u8]) -> Answer {
+        if let Some(n) = self.readable_now(c, tx, p)?
+            && n.children.bytes() <= PAYLOAD_MAX
+        {
+            return Ok(Some(n.children.names()));
+        }
         let (path, _) = self.node_arg(c, tx, p, Rights::READ)?;
-        Ok(Some(self.children(tx, &path, PAYLOAD_MAX)?.0.into()))
+        Ok(Some(self.children(tx, &path, PAYLOAD_MAX)?.0))
     }
 
     fn op_directory_part(&mut self, c: &Caller, tx: &mut Tx, p: &[u8]) -> Answer {
@@ -152,7 +169,7 @@ impl Store {
         let path = self.absolute(c, first);
         match self.find_for(c, tx, &path, Rights::WRITE) {
             Ok(f) => {
-                self.store_node(c, tx, &path, Some(value), None, host)?;
+                self.store_node(c, tx, &path, &f, Some(value), None, host)?;
                 self.changed(c, tx, &path, Some(&f), None, host);
             }
             Err(Errno::ENOENT) => {
@@ -189,7 +206,7 @@ impl Store {
     ) {
         match tx {
             Some(t) => mark_fire(t, path, false),
-            None => self.fire(Some(c), path, node.map(|n| (n, None)), false, old, host.now_ms()),
+            None => self.fire(Some(c), path, node.map(|n| (n, None)), false, old, host),
         }
     }
 
@@ -209,12 +226,14 @@ impl Store {
         }
     }
 
-    /// Changes value or permissions of an existing node.
+    /// Changes value or permissions of an existing node, `f`.
+    #[allow(clippy::too_many_arguments, reason = "what a change is made of")]
     fn store_node(
         &mut self,
         c: &Caller,
         tx: &mut Tx,
         path: &[u8],
+        f: &Found,
         value: Option<&[u8]>,
         perms: Option<PermList>,
         host: &mut dyn Host,
@@ -224,22 +243,21 @@ impl Store {
         match tx {
             None => {
                 self.debit_direct(c, host);
-                let n = self.tree.get(path).ok_or(Errno::EIO)?;
-                let perms =
-                    self.settled(perms.as_ref().unwrap_or(&n.perms), n.generation.max(perms_stamp(&perms, now)));
-                let value_len = value.map_or(n.value.len(), <[u8]>::len);
-                let size = node_size(perms.len(), value_len, n.children.bytes());
+                let perms = self.settled(perms.as_ref().unwrap_or(&f.perms), f.stamp.max(perms_stamp(&perms, now)));
+                let value_len = value.map_or(f.value, <[u8]>::len);
+                let size = node_size(perms.len(), value_len, f.children);
                 if !c.privileged && size >= self.quotas(c.domid).node_size as usize {
                     return Err(Errno::ENOSPC);
                 }
-                let (old_owner, old_cost) = (n.owner(), node_cost(path, n) as i64);
+                let old_size = node_size(f.perms.len(), f.value, f.children);
+                let (old_owner, old_cost) = (owner(&f.perms), (path.len() + old_size) as i64);
                 let (new_owner, new_cost) = (owner(&perms), (path.len() + size) as i64);
                 self.move_charge(old_owner, old_cost, new_owner, new_cost)?;
                 if old_owner != new_owner {
                     self.count_node(old_owner, -1);
                     self.count_node(new_owner, 1);
                 }
-                let n = self.tree.get_mut(path).ok_or(Errno::EIO)?;
+                let n = self.tree.present_mut(path).ok_or(Errno::EIO)?;
                 if let Some(v) = value {
                     n.value = v.into();
                 }
@@ -356,7 +374,7 @@ impl Store {
                     self.generation += 1;
                     let now = self.generation;
                     let a = self.join(c, t, p)?;
-                    let added = i.checked_sub(1).and_then(|j| missing.get(j)).map(|q| self.names.get(path::leaf(q)));
+                    let added = i.checked_sub(1).and_then(|j| missing.get(j)).map(|q| Name::from(path::leaf(q)));
                     a.state = State::Present(Box::new(Changed {
                         value: if i == 0 { value.into() } else { Value::default() },
                         perms: perms.clone(),
@@ -369,7 +387,7 @@ impl Store {
                 }
                 self.generation += 1;
                 let now = self.generation;
-                let child = self.names.get(path::leaf(missing.last().copied().unwrap_or(path)));
+                let child = Name::from(path::leaf(missing.last().copied().unwrap_or(path)));
                 let a = self.join(c, t, top)?;
                 let change = a.change().ok_or(Errno::EIO)?;
                 change.stamp = now;
@@ -388,7 +406,7 @@ impl Store {
         limit: usize,
     ) -> Result<(), Errno> {
         let deepest = missing.first().copied().unwrap_or(top);
-        let child = self.names.get(path::leaf(missing.last().copied().unwrap_or(top)));
+        let child = path::leaf(missing.last().copied().unwrap_or(top));
         let parent = self.tree.get(top).ok_or(Errno::EIO)?;
         let parent_size = node_size(parent.perms.len(), parent.value.len(), parent.children.bytes() + child.len() + 1);
         if parent_size >= limit {
@@ -397,7 +415,7 @@ impl Store {
         let (parent_owner, grown) = (parent.owner(), child.len() as i64 + 1);
         let own = owner(&perms);
         let mut cost = 0;
-        let mut node: Option<(crate::node::Name, Rc<Node>)> = None;
+        let mut node: Option<(&[u8], Rc<Node>)> = None;
         for p in missing {
             self.generation += 1;
             let mut n = Node::new(self.generation, perms.clone());
@@ -408,7 +426,7 @@ impl Store {
                 n.children.insert(name, child);
             }
             cost += node_cost(p, &n) as i64;
-            node = Some((self.names.get(path::leaf(p)), Rc::new(n)));
+            node = Some((path::leaf(p), Rc::new(n)));
         }
         if self.charge(own, cost, true).is_err() {
             return Err(Errno::EIO);
@@ -472,7 +490,7 @@ impl Store {
         let parent_path = path::parent(path);
         let Some(parent) = self.tree.get(parent_path) else { return };
         let parent_perms = self.settled(&parent.perms, parent.generation);
-        let found = Found { perms: parent.perms.clone(), stamp: parent.generation };
+        let found = Found::from(parent);
         let mut gone: Vec<(Vec<u8>, Found, Found)> = Vec::new();
         if let Some(n) = self.tree.get(path) {
             list_below(&mut path.to_vec(), n, &found, &mut gone);
@@ -499,7 +517,7 @@ impl Store {
             self.count_node(own, -1);
         }
         for (p, f, parent) in gone.iter().filter(|_| tell) {
-            self.fire(c, p, Some((f, Some(parent))), p.len() != path.len(), None, host.now_ms());
+            self.fire(c, p, Some((f, Some(parent))), p.len() != path.len(), None, host);
         }
     }
 
@@ -576,8 +594,8 @@ impl Store {
         if !c.privileged && owner(&perms) != owner(&f.perms) {
             return Err(Errno::EPERM);
         }
-        self.store_node(c, tx, &path, None, Some(perms.clone()), host)?;
-        let new = Found { perms, stamp: self.generation };
+        self.store_node(c, tx, &path, &f, None, Some(perms.clone()), host)?;
+        let new = Found { perms, stamp: self.generation, ..f.clone() };
         self.changed(c, tx, &path, Some(&new), Some(&f.perms), host);
         ok()
     }
@@ -689,7 +707,7 @@ impl Store {
         let id = conn.next_tx;
         conn.next_tx = conn.next_tx.wrapping_add(1);
         self.generation += 1;
-        let mut t = Transaction::new(id, self.generation, host.now_ms());
+        let mut t = Box::new(Transaction::new(id, self.generation, host.now_ms()));
         if let Peer::Domain(d) = conn.peer {
             self.redo.tx_open(d, id, t.generation, false, false);
             t.logged = Some((false, false));
@@ -713,7 +731,7 @@ impl Store {
         if t.fail {
             return Err(Errno::ENOMEM);
         }
-        self.commit(c, t, host)?;
+        self.commit(c, *t, host)?;
         ok()
     }
 
@@ -787,7 +805,7 @@ impl Store {
                 n.children.remove(r);
             }
             for a in &change.added {
-                n.children.insert(a.clone(), Rc::new(Node::new(now, perms.clone())));
+                n.children.insert(a, Rc::new(Node::new(now, perms.clone())));
             }
             self.redo.node(p, n, false);
             if self.redo.is_on() {
@@ -808,7 +826,7 @@ impl Store {
             }
         }
         for f in fires {
-            self.fire(Some(c), &f.path, None, f.exact, f.old.as_deref(), host.now_ms());
+            self.fire(Some(c), &f.path, None, f.exact, f.old.as_deref(), host);
         }
         Ok(())
     }
@@ -836,7 +854,7 @@ fn mark_fire(t: &mut Transaction, path: &[u8], exact: bool) {
 
 /// A node and all below with their permissions and their parents', children before parents.
 fn list_below(path: &mut Vec<u8>, node: &Rc<Node>, parent: &Found, out: &mut Vec<(Vec<u8>, Found, Found)>) {
-    let f = Found { perms: node.perms.clone(), stamp: node.generation };
+    let f = Found::from(node);
     let len = path.len();
     for (name, child) in node.children.iter() {
         path.push(b'/');

@@ -445,12 +445,12 @@ impl Recovery {
             (n.generation, n.perms, n.value) = (generation, perms, value.into());
             return Ok(());
         }
-        let name = s.names.get(path::leaf(p));
+        let name = path::leaf(p);
         let parent =
             s.tree.get_mut(path::parent(p)).ok_or_else(|| format!("node {} comes before its parent", shown(p)))?;
         let mut n = Node::new(generation, perms);
         n.value = value.into();
-        if let Some(old) = parent.children.remove(&name) {
+        if let Some(old) = parent.children.remove(name) {
             n.children = old.children.clone();
         }
         parent.children.insert(name, Rc::new(n));
@@ -536,7 +536,7 @@ impl Recovery {
             Change::TxOpen { domid, tx, generation, fail, created } => {
                 let c = self.conn(domid)?;
                 let fresh = !c.transactions.contains_key(&tx);
-                let t = c.transactions.entry(tx).or_insert_with(|| Transaction::new(tx, generation, now_ms));
+                let t = c.transactions.entry(tx).or_insert_with(|| Box::new(Transaction::new(tx, generation, now_ms)));
                 (t.fail, t.created) = (fail, created);
                 if fresh {
                     c.next_tx = tx.wrapping_add(1);
@@ -631,8 +631,7 @@ impl Recovery {
 
     fn transaction_node(&mut self, domid: u16, tx: u32, node: TxNode<'_>) -> Result<(), String> {
         let current = self.store.tree.get(node.path).cloned();
-        let names = &mut self.store.names;
-        let mut name = |n: &&[u8]| -> Name { names.get(n) };
+        let name = |n: &&[u8]| -> Name { Name::from(*n) };
         let base = match node.base {
             Base::None => None,
             Base::Current => current,
@@ -642,7 +641,7 @@ impl Recovery {
                 n.value = value.into();
                 for c in &children {
                     // Nothing but their names is asked for.
-                    n.children.insert(name(c), Rc::new(Node::new(0, perms.clone())));
+                    n.children.insert(c, Rc::new(Node::new(0, perms.clone())));
                 }
                 Some(Rc::new(n))
             }
@@ -656,8 +655,8 @@ impl Recovery {
                     perms: perms.into(),
                     stamp,
                     fresh,
-                    added: added.iter().map(&mut name).collect(),
-                    removed: removed.iter().map(&mut name).collect(),
+                    added: added.iter().map(name).collect(),
+                    removed: removed.iter().map(name).collect(),
                 };
                 State::Present(Box::new(c))
             }

@@ -4,7 +4,7 @@
 //! All numbers are little endian. A text is its length (`u16`; `u32` for values and messages) and its bytes. A record is
 //! the state afterwards, never a difference of numbers, so that it can't be applied wrongly twice.
 
-use crate::node::{Name, Node};
+use crate::node::Node;
 use crate::tx::{Accessed, State};
 use std::rc::Rc;
 use thiserror::Error;
@@ -332,8 +332,8 @@ impl Redo {
                     long(b, &c.value);
                     b.extend(c.stamp.to_le_bytes());
                     b.push(c.fresh.into());
-                    names(b, c.added.len(), c.added.iter());
-                    names(b, c.removed.len(), c.removed.iter());
+                    names(b, c.added.len(), c.added.iter().map(|n| &**n));
+                    names(b, c.removed.len(), c.removed.iter().map(|n| &**n));
                 }
             }
         });
@@ -514,7 +514,7 @@ fn watch(b: &mut Vec<u8>, path: &[u8], token: &[u8], depth: Option<u16>) {
     option16(b, depth);
 }
 
-fn names<'n>(b: &mut Vec<u8>, count: usize, all: impl Iterator<Item = &'n Name>) {
+fn names<'n>(b: &mut Vec<u8>, count: usize, all: impl Iterator<Item = &'n [u8]>) {
     b.extend((count as u32).to_le_bytes());
     for n in all {
         text(b, n);

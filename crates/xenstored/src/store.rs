@@ -1,12 +1,12 @@
 //! The daemon's state, and what happens to it: no I/O in here. Whoever runs it feeds bytes of connections in and takes
 //! bytes out; the hypervisor is behind [`Host`].
 
-use crate::conn::{ConnId, Connection, Outgoing, Peer, RequestId};
+use crate::conn::{ByConn, ConnId, Connection, Outgoing, Peer, RequestId};
 use crate::held::HeldEvent;
 use crate::host::Host;
 use crate::import::Import;
 use crate::live_update::LiveUpdate;
-use crate::node::{Names, Node, PermList, Tree, owner};
+use crate::node::{Node, PermList, Tree, owner};
 use crate::quota::{Quotas, SOFT_MEMORY, node_size};
 use crate::rate::{Credit, Limiter};
 use crate::redo::Redo;
@@ -123,7 +123,7 @@ impl Rights {
         Rights { read: a.read, write: a.write, owner: false }
     }
 
-    fn covers(self, want: Rights) -> bool {
+    pub(crate) fn covers(self, want: Rights) -> bool {
         (self.read || !want.read) && (self.write || !want.write) && (self.owner || !want.owner)
     }
 
@@ -137,6 +137,15 @@ impl Rights {
 pub(crate) struct Found {
     pub(crate) perms: PermList,
     pub(crate) stamp: u64,
+    /// Length of its value and of its children's names, in bytes.
+    pub(crate) value: usize,
+    pub(crate) children: usize,
+}
+
+impl From<&Rc<Node>> for Found {
+    fn from(n: &Rc<Node>) -> Found {
+        Found { perms: n.perms.clone(), stamp: n.generation, value: n.value.len(), children: n.children.bytes() }
+    }
 }
 
 /// Why a connection must be closed.
@@ -152,7 +161,10 @@ pub enum Broken {
 pub(crate) type Answer = Result<Option<Rc<[u8]>>, Errno>;
 
 pub(crate) fn ok() -> Answer {
-    Ok(Some(Rc::from(&b"OK\0"[..])))
+    thread_local! {
+        static OK: Rc<[u8]> = Rc::from(&b"OK\0"[..]);
+    }
+    Ok(Some(OK.with(Rc::clone)))
 }
 
 /// The store with its connections.
@@ -161,7 +173,7 @@ pub struct Store {
     pub(crate) tree: Tree,
     pub(crate) generation: u64,
     pub(crate) domains: BTreeMap<u16, Domain>,
-    pub(crate) conns: BTreeMap<ConnId, Connection>,
+    pub(crate) conns: ByConn<Connection>,
     pub(crate) next_conn: ConnId,
     pub(crate) watches: Watches,
     pub(crate) requests: HashMap<RequestId, OpenRequest>,
@@ -180,7 +192,6 @@ pub struct Store {
     /// Requests that had to wait may be served now.
     pub(crate) delayed_ready: bool,
     pub(crate) default_perms: PermList,
-    pub(crate) names: Names,
     /// `generation` as the journal knows it.
     pub(crate) logged_generation: u64,
     /// Changes for the journal.
@@ -196,7 +207,7 @@ impl Store {
             s.generation += 1;
             let node = Rc::new(Node::new(s.generation, dom0.clone()));
             if let Some(p) = s.tree.get_mut(parent.as_bytes()) {
-                p.children.insert(Rc::from(name.as_bytes()), node);
+                p.children.insert(name.as_bytes(), node);
             }
         }
         s.account_all();
@@ -210,7 +221,7 @@ impl Store {
             tree: Tree::new(perms.clone()),
             generation: 1,
             domains: BTreeMap::new(),
-            conns: BTreeMap::new(),
+            conns: ByConn::default(),
             next_conn: 1,
             watches: Watches::default(),
             requests: HashMap::new(),
@@ -226,7 +237,6 @@ impl Store {
             woken: Vec::new(),
             delayed_ready: false,
             default_perms: perms,
-            names: Names::default(),
             logged_generation: 0,
             redo: Redo::default(),
         };
@@ -272,6 +282,13 @@ impl Store {
     /// Look at a connection.
     pub fn connection(&self, id: ConnId) -> Option<&Connection> {
         self.conns.get(&id)
+    }
+
+    /// All connections, the oldest first.
+    pub(crate) fn conns_in_order(&self) -> impl Iterator<Item = &Connection> {
+        let mut all: Vec<&Connection> = self.conns.values().collect();
+        all.sort_unstable_by_key(|c| c.id);
+        all.into_iter()
     }
 
     /// All domains with a connection: id, connection, local port.
@@ -398,7 +415,7 @@ impl Store {
         if !std::mem::take(&mut self.delayed_ready) {
             return;
         }
-        let ids: Vec<ConnId> = self.conns.values().filter(|c| !c.delayed.is_empty()).map(|c| c.id).collect();
+        let ids: Vec<ConnId> = self.conns_in_order().filter(|c| !c.delayed.is_empty()).map(|c| c.id).collect();
         for id in ids {
             while let Some(m) =
                 self.conns.get_mut(&id).filter(|c| c.frozen.is_none()).and_then(|c| c.delayed.pop_front())
@@ -719,14 +736,15 @@ impl Store {
     pub(crate) fn find(
         &mut self,
         c: &Caller,
-        tx: &mut Option<Transaction>,
+        tx: &mut Option<Box<Transaction>>,
         path: &[u8],
     ) -> Result<Option<Found>, Errno> {
         match tx {
-            None => Ok(self.tree.get(path).map(|n| Found { perms: n.perms.clone(), stamp: n.generation })),
+            None => Ok(self.tree.get(path).map(Found::from)),
             Some(t) => {
                 let a = self.join(c, t, path)?;
-                Ok(a.perms().cloned().map(|perms| Found { perms, stamp: a.stamp() }))
+                let (stamp, value, children) = (a.stamp(), a.value().len(), a.children_bytes());
+                Ok(a.perms().cloned().map(|perms| Found { perms, stamp, value, children }))
             }
         }
     }
@@ -764,16 +782,21 @@ impl Store {
         t.nodes.get_mut(path).ok_or(Errno::EIO)
     }
 
+    /// Whether an absolute path may name a node.
+    pub(crate) fn is_valid(&self, path: &[u8]) -> bool {
+        path::is_valid(path, self.options.quotas.path_max as usize)
+    }
+
     /// The node, if it is there and the caller has the rights. What is said otherwise depends on what the caller may
     /// know: without the right on the nearest existing parent it is always `EACCES`.
     pub(crate) fn find_for(
         &mut self,
         c: &Caller,
-        tx: &mut Option<Transaction>,
+        tx: &mut Option<Box<Transaction>>,
         path: &[u8],
         want: Rights,
     ) -> Result<Found, Errno> {
-        if !path::is_valid(path, self.options.quotas.path_max as usize) {
+        if !self.is_valid(path) {
             return Err(Errno::EINVAL);
         }
         let e = match self.find(c, tx, path)? {
@@ -954,7 +977,7 @@ impl Store {
         node: Option<(&Found, Option<&Found>)>,
         exact: bool,
         old: Option<&[Perm]>,
-        now_ms: u64,
+        host: &dyn Host,
     ) {
         let ids = self.watches.matching(path, exact);
         if ids.is_empty() {
@@ -964,16 +987,13 @@ impl Store {
         let (node, parent) = match node {
             Some((n, p)) => (Some(n), p.cloned()),
             None => {
-                looked_up = self.tree.get(path).map(|n| Found { perms: n.perms.clone(), stamp: n.generation });
+                looked_up = self.tree.get(path).map(Found::from);
                 (looked_up.as_ref(), None)
             }
         };
-        let parent = parent.or_else(|| {
-            let n = self.tree.get(path::parent(path))?;
-            Some(Found { perms: n.perms.clone(), stamp: n.generation })
-        });
+        let parent = parent.or_else(|| self.tree.get(path::parent(path)).map(Found::from));
         let node = node.cloned();
-        let request = by.and_then(|c| c.request);
+        let (request, now_ms) = (by.and_then(|c| c.request), host.now_ms());
         let mut seen: Vec<(ConnId, bool)> = Vec::new();
         for w in ids {
             let Some(watch) = self.watches.get(w) else { continue };

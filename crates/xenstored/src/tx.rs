@@ -5,7 +5,8 @@
 
 use crate::node::{Name, Node, PermList, Value};
 use crate::store::tx_cost;
-use std::collections::{HashMap, HashSet};
+use crate::watch::ByPath;
+use std::collections::HashSet;
 use std::rc::Rc;
 
 /// Generation of a node that does not exist.
@@ -95,7 +96,8 @@ impl Accessed {
     pub fn children(&self) -> Vec<Name> {
         let of_base = |removed: Option<&HashSet<Name>>| -> Vec<Name> {
             let Some(b) = &self.base else { return Vec::new() };
-            b.children.iter().map(|(n, _)| n).filter(|n| removed.is_none_or(|r| !r.contains(*n))).cloned().collect()
+            let names = b.children.iter().map(|(n, _)| n);
+            names.filter(|n| removed.is_none_or(|r| !r.contains(*n))).map(Name::from).collect()
         };
         match &self.state {
             State::Unchanged => of_base(None),
@@ -177,7 +179,7 @@ pub struct Transaction {
     /// Nodes in the order of their first access.
     pub order: Vec<Rc<[u8]>>,
     /// By path.
-    pub nodes: HashMap<Rc<[u8]>, Accessed>,
+    pub nodes: ByPath<Accessed>,
     /// It can't be committed any more.
     pub fail: bool,
     /// A node was made in it.
@@ -198,7 +200,7 @@ impl Transaction {
             generation,
             started_ms,
             order: Vec::new(),
-            nodes: HashMap::new(),
+            nodes: ByPath::default(),
             fail: false,
             created: false,
             charged: 0,

@@ -1,12 +1,13 @@
 //! The loop.
 
+use super::busy::{Look, Recent};
 use super::devices::Devices;
 use super::journal::{self, BOOT_ID, Contents, Journal, Loaded};
 use super::kill_point::may_die_here;
 use super::log::Log;
 use super::machine::Machine;
-use super::{run_dir, socket_path};
-use crate::conn::{ConnId, Peer};
+use super::{process, run_dir, socket_path};
+use crate::conn::{ByConn, ConnId, Peer};
 use crate::host::Host;
 use crate::live_update::Plan;
 use crate::redo::{Moved, RingStep};
@@ -14,7 +15,7 @@ use crate::store::{Options, Store};
 use anyhow::{Context, bail};
 use rustix::event::epoll;
 use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
-use std::collections::BTreeMap;
+use rustix::net::{RecvFlags, SendFlags};
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -32,6 +33,8 @@ const READ_SIZE: usize = 16 << 10;
 const RING_BUDGET: usize = 16;
 /// A socket client that leaves so many messages unread is not listened to until it reads.
 const MAX_UNREAD: usize = 20_000;
+/// How often those who asked just now are asked before epoll is, which knows of everybody.
+const ROUNDS: usize = 8;
 /// Bytes offered to a socket in one write.
 const WRITE_SIZE: usize = 64 << 10;
 
@@ -104,7 +107,7 @@ pub struct Daemon {
     pub(super) store: Store,
     machine: Machine,
     listener: UnixListener,
-    clients: BTreeMap<ConnId, Client>,
+    clients: ByConn<Client>,
     epoll: OwnedFd,
     hangup: Hangup,
     /// For what is sent.
@@ -126,6 +129,10 @@ pub struct Daemon {
     words: Vec<OsString>,
     /// Domains that had their turn while what came up was sent. Kept for its room only.
     served: Vec<u16>,
+    recent: Recent,
+    look: Look,
+    /// Something was done since the last sleep.
+    active: bool,
 }
 
 impl Daemon {
@@ -263,7 +270,7 @@ impl Daemon {
             store,
             machine,
             listener,
-            clients: BTreeMap::new(),
+            clients: ByConn::default(),
             epoll,
             hangup,
             buf: Vec::new(),
@@ -276,6 +283,9 @@ impl Daemon {
             batch: Vec::new(),
             words: Vec::new(),
             served: Vec::new(),
+            recent: Recent::default(),
+            look: Look::default(),
+            active: false,
         })
     }
 
@@ -405,8 +415,10 @@ impl Daemon {
         self.commit(None);
         let now = self.machine.now_ms();
         self.due = self.due.into_iter().chain(next.map(|ms| now + ms)).min();
-        let idle = self.machine.ready.is_empty() && may_wait;
-        let wait = if idle { self.due.map(|due| due.saturating_sub(now)) } else { Some(0) };
+        let asked = may_wait && self.ask_recent();
+        let idle = self.machine.ready.is_empty() && may_wait && !asked;
+        let sleeps = idle && !self.look.again(self.active, || self.machine.now_ns(), process::times_preempted);
+        let wait = if sleeps { self.due.map(|due| due.saturating_sub(now)) } else { Some(0) };
         let wait = wait
             .map(|ms| rustix::event::Timespec { tv_sec: (ms / 1000) as i64, tv_nsec: (ms % 1000 * 1_000_000) as i64 });
         events.clear();
@@ -415,6 +427,10 @@ impl Daemon {
             Err(Errno::INTR) => return Ok(()),
             Err(e) => bail!("epoll: {e}"),
         };
+        if asked || raised > 0 {
+            self.look.found();
+        }
+        self.active = asked || raised > 0 || (self.active && !sleeps);
         // A turn that may not wait stands for the time that it would have waited.
         let waited = !may_wait && raised == 0;
         if waited || self.due.is_some_and(|due| due <= self.machine.now_ms()) {
@@ -439,8 +455,8 @@ impl Daemon {
                         self.flush(id);
                     }
                     let ends = flags.intersects(CLIENT_ENDS);
-                    if ends || flags.intersects(epoll::EventFlags::IN) {
-                        self.client_readable(id, ends);
+                    if (ends || flags.intersects(epoll::EventFlags::IN)) && self.client_readable(id, ends) {
+                        self.recent.add(id);
                     }
                 }
             }
@@ -491,19 +507,38 @@ impl Daemon {
         self.store.close(id, &mut self.machine);
     }
 
-    /// `ends`: what is read now may be followed by the end, of which there will be no more news.
-    fn client_readable(&mut self, id: ConnId, ends: bool) {
-        let Some(c) = self.clients.get_mut(&id) else { return };
-        let mut more = false;
+    /// Asks those who asked for something just now, again and again while they have something. Whether any had.
+    fn ask_recent(&mut self) -> bool {
+        let mut any = false;
+        for _ in 0..ROUNDS {
+            let mut recent = std::mem::take(&mut self.recent);
+            let had = recent.ask_all(|id| self.client_readable(id, false));
+            self.recent = recent;
+            if had == 0 {
+                break;
+            }
+            any = true;
+            self.serve_woken();
+        }
+        any
+    }
+
+    /// `ends`: what is read now may be followed by the end, of which there will be no more news. Whether there was anything.
+    fn client_readable(&mut self, id: ConnId, ends: bool) -> bool {
+        let Some(c) = self.clients.get_mut(&id) else { return false };
+        let (mut more, mut had) = (false, true);
         if c.unread.is_empty() {
             more = ends;
             let mut buf = std::mem::take(&mut self.read_buf);
-            let r = (&c.stream).read(&mut buf);
-            let n = match r {
-                Ok(0) => None,
-                Ok(n) => Some(n),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => Some(0),
-                Err(e) if e.kind() == ErrorKind::Interrupted => {
+            let n = match rustix::net::recv(&c.stream, &mut buf[..], RecvFlags::empty()) {
+                Ok((_, 0)) => None,
+                Ok((_, n)) => Some(n),
+                Err(Errno::AGAIN) if !ends => {
+                    self.read_buf = buf;
+                    return false;
+                }
+                Err(Errno::AGAIN) => Some(0),
+                Err(Errno::INTR) => {
                     more = true;
                     Some(0)
                 }
@@ -514,21 +549,35 @@ impl Daemon {
             let done = n.map(|n| self.feed(id, &buf[..n]));
             self.read_buf = buf;
             match done {
-                None | Some(Err(())) => return self.drop_client(id),
+                None | Some(Err(())) => {
+                    self.drop_client(id);
+                    return false;
+                }
                 Some(Ok(())) => {}
             }
         } else {
             let bytes = std::mem::take(&mut c.unread);
             if self.feed(id, &bytes).is_err() {
-                return self.drop_client(id);
+                self.drop_client(id);
+                return false;
             }
+            // One that reads no replies is not busy, whatever it asked for.
+            had = self.clients.get(&id).is_some_and(|c| c.unread.len() < bytes.len());
         }
         // At once: what it asked for is there, and nothing has to be watched for then.
         self.flush(id);
-        if more && let Some(c) = self.clients.get_mut(&id) {
+        if more {
             // Asking again makes it news again, once the others had their turn.
-            let data = epoll::EventData::new_u64(TOKEN_CLIENT + u64::from(id));
-            let _ = epoll::modify(&self.epoll, &c.stream, data, c.flags);
+            self.tell_epoll(id);
+        }
+        had
+    }
+
+    /// Has epoll watch a client for what its flags say, and tell at once what is there already.
+    fn tell_epoll(&self, id: ConnId) {
+        if let Some(c) = self.clients.get(&id) {
+            let _ =
+                epoll::modify(&self.epoll, &c.stream, epoll::EventData::new_u64(TOKEN_CLIENT + u64::from(id)), c.flags);
         }
     }
 
@@ -584,7 +633,7 @@ impl Daemon {
             // What was done is written down before anybody hears that it was.
             self.commit(None);
             let Some(c) = self.clients.get(&id) else { break };
-            match (&c.stream).write(&buf) {
+            match rustix::net::send(&c.stream, &buf, SendFlags::NOSIGNAL) {
                 Ok(n) => {
                     self.store.wrote(id, n);
                     done = Ok(true);
@@ -592,8 +641,8 @@ impl Daemon {
                         break;
                     }
                 }
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
                 Err(_) => {
                     done = Err(());
                     break;
@@ -616,8 +665,7 @@ impl Daemon {
         }
         if flags != c.flags {
             c.flags = flags;
-            let _ =
-                epoll::modify(&self.epoll, &c.stream, epoll::EventData::new_u64(TOKEN_CLIENT + u64::from(id)), flags);
+            self.tell_epoll(id);
         }
     }
 

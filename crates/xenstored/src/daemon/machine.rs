@@ -103,6 +103,11 @@ impl Machine {
         self.ready.insert(0);
         Ok(port)
     }
+
+    /// Nanoseconds since the start.
+    pub fn now_ns(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64
+    }
 }
 
 impl Host for Machine {

@@ -1,6 +1,7 @@
 //! The daemon: one thread, one loop, over [`crate::store::Store`].
 
 mod args;
+mod busy;
 pub mod devices;
 mod events;
 pub mod journal;

@@ -80,6 +80,17 @@ pub fn pid_file(path: &Path) -> anyhow::Result<File> {
     Ok(f)
 }
 
+/// How often another took the processor from this thread.
+pub fn times_preempted() -> u64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the kernel fills a `rusage`, for which there is room; one that it does not fill is zeroed, which is one too.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    usage.ru_nivcsw as u64
+}
+
 /// Tells systemd, if it asked.
 pub fn notify_systemd() {
     let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };

@@ -3,7 +3,9 @@
 
 use anyhow::{Context, Result};
 use rustix::event::epoll;
-use std::io::{Read, Write};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -34,6 +36,41 @@ pub fn serve(socket: &Path) -> Result<()> {
             match stream.read(&mut buf)? {
                 0 => *place = None,
                 n => stream.write_all(&buf[..n])?,
+            }
+        }
+    }
+}
+
+/// The same by a loop that does nothing but receive and send, without a look at who has something: no daemon for several clients can be
+/// faster.
+pub fn serve_in_a_loop(socket: &Path) -> Result<()> {
+    /// How often the clients are asked before a new one is.
+    const ROUNDS: usize = 100;
+    let listener = UnixListener::bind(socket)?;
+    listener.set_nonblocking(true)?;
+    let (mut streams, mut buf) = (Vec::new(), [0; 4096]);
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => streams.push(stream),
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e.into()),
+        }
+        for _ in 0..ROUNDS {
+            let mut failed = None;
+            streams.retain(|stream| match rustix::net::recv(stream, &mut buf, RecvFlags::DONTWAIT) {
+                Ok((_, 0)) => false,
+                Ok((_, n)) => match rustix::net::send(stream, &buf[..n], SendFlags::NOSIGNAL) {
+                    Ok(sent) => sent == n,
+                    Err(_) => false,
+                },
+                Err(Errno::AGAIN) => true,
+                Err(e) => {
+                    failed = Some(e);
+                    false
+                }
+            });
+            if let Some(e) = failed {
+                return Err(e.into());
             }
         }
     }

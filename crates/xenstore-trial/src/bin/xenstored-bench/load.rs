@@ -33,23 +33,34 @@ pub enum Row {
 
 impl Row {
     /// Requests of one operation.
-    fn requests(self) -> u32 {
+    pub fn requests(self) -> u32 {
         if self == Row::Transaction { 4 } else { 1 }
     }
+}
 
-    /// What the sockets alone take of one operation, when they take `echo` of a request and its reply.
-    pub fn floor(self, echo: Duration) -> Duration {
-        match self {
-            // An event is written by the daemon, and nothing is read for it.
-            Row::Watch => echo / 2,
-            _ => echo * self.requests(),
-        }
+/// Digits of a number. By hand: what formatting takes would be a tenth of a request.
+fn put_number(out: &mut Vec<u8>, n: usize) {
+    if n >= 10 {
+        put_number(out, n / 10);
     }
+    out.push(b'0' + (n % 10) as u8);
+}
+
+/// The path of a node's parent.
+fn put_parent(out: &mut Vec<u8>, i: usize) {
+    out.extend_from_slice(b"/bench/");
+    put_number(out, i / FAN / FAN);
+    out.push(b'/');
+    put_number(out, i / FAN % FAN);
 }
 
 /// Payload: the path of a node of the tree, with its NUL.
 pub fn put_path(out: &mut Vec<u8>, i: usize) -> Result<()> {
-    Ok(write!(out, "/bench/{}/{}/node-{}\0", i / FAN / FAN, i / FAN % FAN, i % FAN)?)
+    put_parent(out, i);
+    out.extend_from_slice(b"/node-");
+    put_number(out, i % FAN);
+    out.push(0);
+    Ok(())
 }
 
 /// Payload of a write to it.
@@ -165,9 +176,11 @@ impl Client {
         match (row, self.step) {
             (Row::Read, _) => self.send(Op::Read, 0, |b| put_path(b, place)),
             (Row::Write, _) => self.send(Op::Write, 0, |b| put_write(b, place)),
-            (Row::Directory, _) => {
-                self.send(Op::Directory, 0, |b| Ok(write!(b, "/bench/{}/{}\0", place / FAN / FAN, place / FAN % FAN)?))
-            }
+            (Row::Directory, _) => self.send(Op::Directory, 0, |b| {
+                put_parent(b, place);
+                b.push(0);
+                Ok(())
+            }),
             (_, 0) => self.send(Op::TransactionStart, 0, |b| {
                 b.push(0);
                 Ok(())

@@ -1,0 +1,184 @@
+//! How a busy daemon waits: not at all.
+//!
+//! A client that just asked for something is likely to ask again at once. So those are asked by reading before epoll is, which spares a
+//! busy daemon what epoll costs for each request; and when nobody has anything, the daemon looks a moment longer before it sleeps, as
+//! being woken takes longer than most requests. Where looking longer does not help (there is one processor, and the client needs it;
+//! or clients come rarely) it is soon given up, and tried again now and then.
+//!
+//! No I/O and no clock in here.
+
+use crate::conn::ConnId;
+
+/// Clients that are asked by reading.
+const MOST: usize = 64;
+/// With fewer of them the daemon is not busy, and asking in vain costs more than it spares.
+const SEVERAL: usize = 4;
+/// How often in a row one may have nothing.
+const MISSES: u8 = 2;
+/// How long to look before sleeping, in nanoseconds: what it takes to wake a sleeping processor and have an answer from it.
+const LOOK_NS: u64 = 50_000;
+/// After so many vain looks in a row the next is 2^10 sleeps away, and it gets no further.
+const MOST_VAIN: u32 = 10;
+
+/// Clients that asked for something just now.
+#[derive(Debug, Default)]
+pub struct Recent {
+    /// Each with how often in a row it had nothing.
+    clients: Vec<(ConnId, u8)>,
+}
+
+impl Recent {
+    /// It asked for something.
+    pub fn add(&mut self, id: ConnId) {
+        if self.clients.len() < MOST && !self.clients.iter().any(|(c, _)| *c == id) {
+            self.clients.push((id, 0));
+        }
+    }
+
+    /// Asks all of them, if they are several; `ask` says whether there was something. How many had.
+    pub fn ask_all(&mut self, mut ask: impl FnMut(ConnId) -> bool) -> usize {
+        let mut had = 0;
+        if self.clients.len() < SEVERAL {
+            self.clients.clear();
+            return had;
+        }
+        self.clients.retain_mut(|(id, misses)| {
+            if ask(*id) {
+                *misses = 0;
+                had += 1;
+                true
+            } else {
+                *misses += 1;
+                *misses < MISSES
+            }
+        });
+        had
+    }
+}
+
+/// Whether to look a moment longer before sleeping.
+#[derive(Debug, Default)]
+pub struct Look {
+    /// Vain looks in a row.
+    vain: u32,
+    /// Sleeps until the next look.
+    skip: u32,
+    /// Until when this one goes on, in nanoseconds; `None`: none is under way.
+    until: Option<u64>,
+    /// The last one found something.
+    found: bool,
+    /// How often this process had lost its processor when it began.
+    lost: u64,
+}
+
+impl Look {
+    /// There was something to do.
+    pub fn found(&mut self) {
+        self.found |= self.until.take().is_some();
+    }
+
+    /// There is nothing to do. Whether to look again at once. `served`: something was done since the last sleep; `now_ns`: any clock;
+    /// `lost`: how often this process lost its processor to another. If it did while it looked, the client may have needed that
+    /// processor, and would have had it at once.
+    pub fn again(&mut self, served: bool, now_ns: impl FnOnce() -> u64, lost: impl FnOnce() -> u64) -> bool {
+        match self.until {
+            None if !served => false,
+            None if self.skip > 0 => {
+                self.skip -= 1;
+                false
+            }
+            None => {
+                let lost = lost();
+                if std::mem::take(&mut self.found) {
+                    if lost == self.lost {
+                        self.vain = 0;
+                    } else {
+                        self.was_vain();
+                        return false;
+                    }
+                }
+                self.lost = lost;
+                self.until = Some(now_ns() + LOOK_NS);
+                true
+            }
+            Some(until) if now_ns() < until => true,
+            Some(_) => {
+                self.until = None;
+                self.was_vain();
+                false
+            }
+        }
+    }
+
+    fn was_vain(&mut self) {
+        self.vain = (self.vain + 1).min(MOST_VAIN);
+        self.skip = (1 << self.vain) - 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_is_asked_until_it_has_nothing_twice() {
+        let mut r = Recent::default();
+        for id in [7, 1, 2, 3, 4, 7] {
+            r.add(id);
+        }
+        let mut asked = Vec::new();
+        let busy = |id| id < 5;
+        assert_eq!(r.ask_all(|id| (asked.push(id), busy(id)).1), 4);
+        assert_eq!(asked, [7, 1, 2, 3, 4]);
+        assert_eq!(r.ask_all(busy), 4);
+        assert_eq!(r.ask_all(|id| id == 7), 0, "7 is not asked any more");
+        r.add(7);
+        assert_eq!(r.ask_all(|id| id >= 4), 2);
+    }
+
+    #[test]
+    fn few_are_not_asked_and_there_is_a_limit() {
+        let mut r = Recent::default();
+        r.add(1);
+        assert_eq!(r.ask_all(|_| panic!("asked")), 0);
+        (0..1000).for_each(|id| r.add(id));
+        assert_eq!(r.ask_all(|_| true), MOST);
+    }
+
+    /// Looks begun while `sleeps` times nothing came, and something was done before each.
+    fn vain_looks(l: &mut Look, sleeps: usize) -> usize {
+        let (mut looks, mut now) = (0, 0);
+        for _ in 0..sleeps {
+            let mut first = true;
+            while l.again(true, || now, || 0) {
+                looks += usize::from(std::mem::take(&mut first));
+                now += 10_000;
+            }
+        }
+        looks
+    }
+
+    #[test]
+    fn looking_in_vain_gets_rare_and_one_that_finds_brings_it_back() {
+        let mut l = Look::default();
+        assert!(!l.again(false, || 0, || 0), "nothing was done before");
+        let begin = vain_looks(&mut l, 10_000);
+        assert!((10..30).contains(&begin), "{begin}");
+        assert_eq!(vain_looks(&mut l, 10_240), 10, "a thousandth of all sleeps");
+        while !l.again(true, || 0, || 0) {}
+        l.found();
+        assert!(l.again(true, || 0, || 0), "the next look is at once");
+    }
+
+    #[test]
+    fn looking_on_the_clients_own_processor_is_vain_though_it_finds() {
+        let (mut l, mut looks) = (Look::default(), 0);
+        for lost in 0..10_240 {
+            if l.again(true, || 0, || lost) {
+                looks += 1;
+                l.found();
+            }
+        }
+        assert!((10..30).contains(&looks), "{looks}");
+    }
+}
