@@ -31,6 +31,7 @@ const MANY: usize = 5000;
 
 /// Names of the attacks and what they do. Those from `length` on cost the guest its connection.
 pub const ATTACKS: &[(&str, &str)] = &[
+    ("bystander", "none: reads a node now and then and says how long that took, what the others do to it"),
     ("spin", "burns its vCPU and leaves xenstore alone: what the others are compared with"),
     ("flood", "well-formed requests as fast as they go"),
     ("quotas", "nodes, sizes, watches, permissions, path lengths and transactions up to every quota"),
@@ -75,6 +76,7 @@ impl<R: Ring> Guest<R> {
                 }
                 Ok("spun".into())
             }
+            "bystander" => self.bystander(time),
             "flood" => self.flood(time),
             "quotas" => self.quotas(),
             "storm" => self.storm(time),
@@ -225,6 +227,26 @@ impl<R: Ring> Guest<R> {
     }
 
     // ---- the attacks ----
+
+    fn bystander(&mut self, time: Duration) -> Result<String, String> {
+        let (end, mut times) = (Instant::now() + time, Vec::new());
+        while Instant::now() < end {
+            let since = Instant::now();
+            self.must(Op::GetPerms, 0, b"data\0")?;
+            times.push(since.elapsed());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        times.sort_unstable();
+        let at =
+            |part: usize| times.get(times.len() * part / 1000).or(times.last()).map_or(0.0, |t| t.as_secs_f64() * 1e3);
+        Ok(format!(
+            "{} reads: median {:.2} ms, p99 {:.2} ms, longest {:.2} ms",
+            times.len(),
+            at(500),
+            at(990),
+            at(1000)
+        ))
+    }
 
     fn flood(&mut self, time: Duration) -> Result<String, String> {
         let end = Instant::now() + time;

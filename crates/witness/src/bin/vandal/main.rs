@@ -105,20 +105,27 @@ impl Ring for Page {
 /// Settings on the kernel's command line, `vandal.KEY=VALUE`.
 struct Settings {
     attacks: Vec<String>,
+    /// How often all of them.
+    rounds: u64,
     time: Duration,
     seed: u64,
 }
 
 impl Settings {
     fn from(line: &str) -> Result<Settings, String> {
-        let mut s = Settings { attacks: Vec::new(), time: Duration::from_secs(10), seed: 1 };
+        let mut s = Settings { attacks: Vec::new(), rounds: 1, time: Duration::from_secs(10), seed: 1 };
         for (key, value) in line.split_whitespace().filter_map(|w| w.strip_prefix("vandal.")?.split_once('=')) {
             let number = || value.parse::<u64>().map_err(|_| format!("vandal.{key}={value}: not a number"));
             match key {
                 "attacks" => s.attacks = value.split(',').map(str::to_owned).collect(),
                 "seconds" => s.time = Duration::from_secs(number()?),
+                "rounds" => s.rounds = number()?,
                 "seed" => s.seed = number()?,
-                _ => return Err(format!("vandal.{key}: there is no such setting (there is: attacks, seconds, seed)")),
+                _ => {
+                    return Err(format!(
+                        "vandal.{key}: there is no such setting (there is: attacks, rounds, seconds, seed)"
+                    ));
+                }
             }
         }
         let known = |name: &String| ATTACKS.iter().any(|(attack, _)| attack == name);
@@ -142,10 +149,12 @@ fn run() -> Result<(), String> {
     }
     boot::wait_for("/dev/xen/privcmd", Duration::from_secs(10));
     let mut guest = Guest::new(Page::open()?, settings.seed);
-    for name in &settings.attacks {
-        println!("vandal: {name}: begins");
-        let seen = guest.attack(name, settings.time).map_err(|e| format!("{name}: {e}"))?;
-        println!("vandal: {name}: {seen}");
+    for _ in 0..settings.rounds {
+        for name in &settings.attacks {
+            println!("vandal: {name}: begins");
+            let seen = guest.attack(name, settings.time).map_err(|e| format!("{name}: {e}"))?;
+            println!("vandal: {name}: {seen}");
+        }
     }
     Ok(())
 }
@@ -153,7 +162,7 @@ fn run() -> Result<(), String> {
 fn main() {
     if std::process::id() != 1 {
         println!("vandal: a guest's init; it attacks xenstore. Settings on the kernel's command line:");
-        println!("vandal.attacks=NAME,… vandal.seconds=N vandal.seed=N; the attacks:");
+        println!("vandal.attacks=NAME,… vandal.rounds=N vandal.seconds=N vandal.seed=N; the attacks:");
         for (name, about) in ATTACKS {
             println!("  {name:13} {about}");
         }
