@@ -16,7 +16,7 @@ pub struct Children(Option<Box<Set>>);
 
 #[derive(Debug, Clone, Default)]
 struct Set {
-    /// Names, each with its NUL. Those of removed ones stay until there are too many.
+    /// Names, each with its NUL. Those of removed ones stay until they are more than [`Set::is_sparse`] allows.
     names: Vec<u8>,
     /// In their order; removed ones leave a gap until there are too many.
     list: Vec<Child>,
@@ -29,7 +29,8 @@ struct Set {
 
 #[derive(Debug, Clone)]
 struct Child {
-    /// Where the name is, and its length without the NUL. Both fit: a name is part of a path, and no node has 4 GiB of names.
+    /// Where the name is, and its length without the NUL. Both fit: a name is part of a path, and 4 GiB of names in one node, which
+    /// only dom0 could make, would be more children than a host has memory for.
     at: u32,
     len: u32,
     /// `None`: a gap.
@@ -72,6 +73,11 @@ impl Set {
             let is = |&i: &u32| self.list.get(i as usize).is_some_and(|c| c.is(&self.names, name));
             self.index.find(hash(name), is).map(|&i| i as usize)
         }
+    }
+
+    /// Whether much of it is of removed ones: no more may be kept than a few times what their owner is charged for.
+    fn is_sparse(&self) -> bool {
+        self.gaps > self.list.len() / 2 || self.names.len() > 2 * self.bytes + 1024
     }
 
     /// Closes the gaps.
@@ -170,7 +176,7 @@ impl Children {
         }
         if s.gaps == s.list.len() {
             self.0 = None;
-        } else if s.list.len() <= FEW || s.gaps > s.list.len() / 2 {
+        } else if s.list.len() <= FEW || s.is_sparse() {
             s.rebuild();
         }
         Some(node)
@@ -232,6 +238,23 @@ mod tests {
             assert!(c.get(n).is_some() && c.remove(n).is_some());
         }
         assert!(c.is_empty() && c.names().is_empty());
+    }
+
+    /// A guest is not charged for names that are gone.
+    #[test]
+    fn names_of_removed_ones_take_little() {
+        let perms: PermList = vec![Perm::new(Access::NONE, 0)].into();
+        let mut c = Children::default();
+        for i in 0..200 {
+            c.insert(format!("n{i}").as_bytes(), Rc::new(Node::new(0, perms.clone())));
+        }
+        for i in 0..90 {
+            let long = vec![b'a' + (i % 26); 1900];
+            c.insert(&long, Rc::new(Node::new(0, perms.clone())));
+            assert!(c.remove(&long).is_some());
+            assert!(c.0.as_ref().unwrap().names.capacity() < 3 * c.bytes() + 4096);
+        }
+        assert_eq!(c.len(), 200);
     }
 
     /// Against a plain list: what is found, in which order.

@@ -5,8 +5,7 @@
 
 use crate::node::{Name, Node, PermList, Value};
 use crate::store::tx_cost;
-use crate::watch::ByPath;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 /// Generation of a node that does not exist.
@@ -167,6 +166,9 @@ impl Changed {
     }
 }
 
+/// Enough where one guest's paths are by themselves, and few (`transaction-nodes`): one that makes them collide slows down itself.
+type Quick = foldhash::quality::RandomState;
+
 /// An open transaction.
 #[derive(Debug, Clone)]
 pub struct Transaction {
@@ -179,7 +181,7 @@ pub struct Transaction {
     /// Nodes in the order of their first access.
     pub order: Vec<Rc<[u8]>>,
     /// By path.
-    pub nodes: ByPath<Accessed>,
+    pub nodes: HashMap<Rc<[u8]>, Accessed, Quick>,
     /// It can't be committed any more.
     pub fail: bool,
     /// A node was made in it.
@@ -200,7 +202,7 @@ impl Transaction {
             generation,
             started_ms,
             order: Vec::new(),
-            nodes: ByPath::default(),
+            nodes: HashMap::default(),
             fail: false,
             created: false,
             charged: 0,

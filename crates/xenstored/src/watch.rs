@@ -8,9 +8,6 @@ use xenstore_wire::{HEADER_LEN, path};
 /// Counts up, so that it orders watches by the time of their registration.
 pub type WatchId = u64;
 
-/// Found by a path that guests choose: hashed with a secret of this process.
-pub type ByPath<T> = HashMap<Rc<[u8]>, T, foldhash::quality::RandomState>;
-
 /// A watch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Watch {
@@ -50,7 +47,7 @@ impl Watch {
 #[allow(clippy::len_without_is_empty, reason = "nobody asks whether there are none")]
 pub struct Watches {
     all: BTreeMap<WatchId, Watch>,
-    by_path: ByPath<Vec<WatchId>>,
+    by_path: HashMap<Rc<[u8]>, Vec<WatchId>>,
     next: WatchId,
 }
 

@@ -13,7 +13,7 @@ use crate::conn::ConnId;
 const MOST: usize = 64;
 /// With fewer of them the daemon is not busy, and asking in vain costs more than it spares.
 const SEVERAL: usize = 4;
-/// How often in a row one may have nothing.
+/// One that had nothing so often in a row is left to epoll.
 const MISSES: u8 = 2;
 /// How long to look before sleeping, in nanoseconds: what it takes to wake a sleeping processor and have an answer from it.
 const LOOK_NS: u64 = 50_000;
@@ -30,9 +30,14 @@ pub struct Recent {
 impl Recent {
     /// It asked for something.
     pub fn add(&mut self, id: ConnId) {
-        if self.clients.len() < MOST && !self.clients.iter().any(|(c, _)| *c == id) {
+        if !self.is_full() && !self.clients.iter().any(|(c, _)| *c == id) {
             self.clients.push((id, 0));
         }
+    }
+
+    /// Whether there may be others who are as busy and have no place.
+    pub fn is_full(&self) -> bool {
+        self.clients.len() >= MOST
     }
 
     /// Asks all of them, if they are several; `ask` says whether there was something. How many had.
@@ -67,7 +72,7 @@ pub struct Look {
     until: Option<u64>,
     /// The last one found something.
     found: bool,
-    /// How often this process had lost its processor when it began.
+    /// How often this process had lost its processor when the last one began.
     lost: u64,
 }
 
@@ -78,8 +83,8 @@ impl Look {
     }
 
     /// There is nothing to do. Whether to look again at once. `served`: something was done since the last sleep; `now_ns`: any clock;
-    /// `lost`: how often this process lost its processor to another. If it did while it looked, the client may have needed that
-    /// processor, and would have had it at once.
+    /// `lost`: how often this process lost its processor to another. Did it since the last look began, it may well have been to the
+    /// client, as soon as that had its reply: then the look found something only because the client had to wait for it to end.
     pub fn again(&mut self, served: bool, now_ns: impl FnOnce() -> u64, lost: impl FnOnce() -> u64) -> bool {
         match self.until {
             None if !served => false,

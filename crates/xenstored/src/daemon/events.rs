@@ -33,8 +33,8 @@ const READ_SIZE: usize = 16 << 10;
 const RING_BUDGET: usize = 16;
 /// A socket client that leaves so many messages unread is not listened to until it reads.
 const MAX_UNREAD: usize = 20_000;
-/// How often those who asked just now are asked before epoll is, which knows of everybody.
-const ROUNDS: usize = 8;
+/// How long those who asked just now are asked before epoll is, which knows of everybody, in nanoseconds; a round is finished.
+const ASK_NS: u64 = 500_000;
 /// Bytes offered to a socket in one write.
 const WRITE_SIZE: usize = 64 << 10;
 
@@ -62,6 +62,14 @@ struct Client {
     unread: Vec<u8>,
     /// What epoll watches for.
     flags: epoll::EventFlags,
+}
+
+/// What came of asking a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    Nothing,
+    Served,
+    Gone,
 }
 
 /// Readable once SIGHUP came.
@@ -455,7 +463,9 @@ impl Daemon {
                         self.flush(id);
                     }
                     let ends = flags.intersects(CLIENT_ENDS);
-                    if (ends || flags.intersects(epoll::EventFlags::IN)) && self.client_readable(id, ends) {
+                    if (ends || flags.intersects(epoll::EventFlags::IN))
+                        && self.client_readable(id, ends) == Asked::Served
+                    {
                         self.recent.add(id);
                     }
                 }
@@ -507,27 +517,30 @@ impl Daemon {
         self.store.close(id, &mut self.machine);
     }
 
-    /// Asks those who asked for something just now, again and again while they have something. Whether any had.
-    fn ask_recent(&mut self) -> bool {
-        let mut any = false;
-        for _ in 0..ROUNDS {
+    /// Asks those who asked for something just now, again and again while they have something and nobody else is known to have.
+    /// Whether anything happened: then the daemon must not sleep before it has seen to what follows from it.
+    pub(super) fn ask_recent(&mut self) -> bool {
+        let (mut any, end) = (false, self.machine.now_ns() + ASK_NS);
+        loop {
             let mut recent = std::mem::take(&mut self.recent);
-            let had = recent.ask_all(|id| self.client_readable(id, false));
+            let had = recent.ask_all(|id| {
+                let asked = self.client_readable(id, false);
+                any |= asked != Asked::Nothing;
+                asked == Asked::Served
+            });
             self.recent = recent;
-            if had == 0 {
-                break;
+            if had == 0 || self.recent.is_full() || !self.machine.ready.is_empty() || self.machine.now_ns() > end {
+                return any;
             }
-            any = true;
             self.serve_woken();
         }
-        any
     }
 
-    /// `ends`: what is read now may be followed by the end, of which there will be no more news. Whether there was anything.
-    fn client_readable(&mut self, id: ConnId, ends: bool) -> bool {
-        let Some(c) = self.clients.get_mut(&id) else { return false };
-        let (mut more, mut had) = (false, true);
-        if c.unread.is_empty() {
+    /// `ends`: what is read now may be followed by the end, of which there will be no more news.
+    fn client_readable(&mut self, id: ConnId, ends: bool) -> Asked {
+        let Some(c) = self.clients.get_mut(&id) else { return Asked::Nothing };
+        let (mut more, waiting) = (false, c.unread.len());
+        if waiting == 0 {
             more = ends;
             let mut buf = std::mem::take(&mut self.read_buf);
             let n = match rustix::net::recv(&c.stream, &mut buf[..], RecvFlags::empty()) {
@@ -535,7 +548,7 @@ impl Daemon {
                 Ok((_, n)) => Some(n),
                 Err(Errno::AGAIN) if !ends => {
                     self.read_buf = buf;
-                    return false;
+                    return Asked::Nothing;
                 }
                 Err(Errno::AGAIN) => Some(0),
                 Err(Errno::INTR) => {
@@ -551,7 +564,7 @@ impl Daemon {
             match done {
                 None | Some(Err(())) => {
                     self.drop_client(id);
-                    return false;
+                    return Asked::Gone;
                 }
                 Some(Ok(())) => {}
             }
@@ -559,18 +572,21 @@ impl Daemon {
             let bytes = std::mem::take(&mut c.unread);
             if self.feed(id, &bytes).is_err() {
                 self.drop_client(id);
-                return false;
+                return Asked::Gone;
             }
-            // One that reads no replies is not busy, whatever it asked for.
-            had = self.clients.get(&id).is_some_and(|c| c.unread.len() < bytes.len());
         }
         // At once: what it asked for is there, and nothing has to be watched for then.
-        self.flush(id);
+        let wrote = self.flush(id);
         if more {
             // Asking again makes it news again, once the others had their turn.
             self.tell_epoll(id);
         }
-        had
+        match self.clients.get(&id) {
+            None => Asked::Gone,
+            // One that reads no replies is not busy, whatever it asked for.
+            Some(c) if waiting == 0 || wrote || c.unread.len() < waiting => Asked::Served,
+            Some(_) => Asked::Nothing,
+        }
     }
 
     /// Has epoll watch a client for what its flags say, and tell at once what is there already.
@@ -601,24 +617,32 @@ impl Daemon {
         Ok(())
     }
 
-    fn flush(&mut self, id: ConnId) {
+    /// Sends what waits for a client. Whether anything went out, or the client is gone.
+    fn flush(&mut self, id: ConnId) -> bool {
+        let mut any = false;
         loop {
             self.store.unwake(id);
             let wrote = match self.write_out(id) {
                 Ok(wrote) => wrote,
-                Err(()) => return self.drop_client(id),
+                Err(()) => {
+                    self.drop_client(id);
+                    return true;
+                }
             };
+            any |= wrote;
             // What waited for room in the queue can go on.
-            let Some(c) = self.clients.get_mut(&id) else { return };
+            let Some(c) = self.clients.get_mut(&id) else { return true };
             if !wrote || c.unread.is_empty() {
                 break;
             }
             let bytes = std::mem::take(&mut c.unread);
             if self.feed(id, &bytes).is_err() {
-                return self.drop_client(id);
+                self.drop_client(id);
+                return true;
             }
         }
         self.watch_client(id);
+        any
     }
 
     /// Writes as much as the socket takes. Whether it took anything.
@@ -680,7 +704,9 @@ impl Daemon {
             }
             for id in woken {
                 match self.store.connection(id).map(|c| c.peer) {
-                    Some(Peer::Socket) => self.flush(id),
+                    Some(Peer::Socket) => {
+                        self.flush(id);
+                    }
                     Some(Peer::Domain(d)) if self.served.contains(&d) => drop(self.machine.ready.insert(d)),
                     Some(Peer::Domain(d)) => {
                         self.served.push(d);

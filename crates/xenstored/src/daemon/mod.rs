@@ -2,6 +2,8 @@
 
 mod args;
 mod busy;
+#[cfg(test)]
+mod busy_tests;
 pub mod devices;
 mod events;
 pub mod journal;

@@ -32,8 +32,16 @@ pub enum Row {
 }
 
 impl Row {
+    /// What the sockets have to do for one operation, in requests with their replies. An event is half of one.
+    pub fn round_trips(self) -> f64 {
+        match self {
+            Row::Watch => 0.5,
+            _ => f64::from(self.requests()),
+        }
+    }
+
     /// Requests of one operation.
-    pub fn requests(self) -> u32 {
+    fn requests(self) -> u32 {
         if self == Row::Transaction { 4 } else { 1 }
     }
 }

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use load::{Client, Places, Row};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -191,7 +192,7 @@ impl Echo {
         let child = Command::new(std::env::current_exe()?).arg(how).arg(&socket).spawn()?;
         let echo = Echo { child, socket };
         let end = Instant::now() + Duration::from_secs(5);
-        while !echo.socket.exists() {
+        while UnixStream::connect(&echo.socket).is_err() {
             if Instant::now() > end {
                 bail!("the echo server does not start");
             }
@@ -259,7 +260,7 @@ fn main() -> Result<()> {
         let ways = [("echo server", "--echo"), ("the same in a bare loop", "--echo-loop")];
         // A loop that never sleeps would keep a single client, which shares its processor, from running.
         for (name, how) in ways.into_iter().take(if clients == 1 { 1 } else { 2 }) {
-            let echo = Echo::start(how, dir.path().join(&how[2..]))?;
+            let echo = Echo::start(how, dir.path().join(format!("{}-{clients}", &how[2..])))?;
             let server = Server { socket: &echo.socket, pid: echo.child.id() };
             let f = measure(&processors, &server, Row::Read, clients, 1000, time)?;
             println!("{:32} {}", format!("{name}, {clients} clients"), show(&f));
@@ -325,7 +326,7 @@ fn main() -> Result<()> {
                     best.iter().map(|f| f.as_ref().map_or_else(|| format!("{:40}", ""), show)).collect();
                 let [Some(s), _, Some(o)] = best else { bail!("nothing was measured") };
                 let times = o.rate / s.rate;
-                let near = o.rate * f64::from(row.requests()) / echo;
+                let near = o.rate * row.round_trips() / echo;
                 println!("{name:32} {} {times:6.2}x {near:6.2}x", cells.join("   "));
                 if times < 1.0 {
                     slow.push(format!("{name}: {times:.2} times as fast"));
