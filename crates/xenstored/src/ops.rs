@@ -522,6 +522,10 @@ impl Store {
     }
 
     fn remove_in(&mut self, c: &Caller, tx: &mut Tx, path: &[u8]) -> Result<(), Errno> {
+        if self.find(c, tx, path::parent(path))?.is_none() {
+            // Others made it and the node since the transaction saw that it was not there; the commit will fail.
+            return Err(Errno::EINVAL);
+        }
         // Read parents first, remove children first.
         let mut todo = vec![path.to_vec()];
         let mut order = Vec::new();
