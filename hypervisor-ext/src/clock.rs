@@ -166,8 +166,8 @@ unsafe extern "C" {
     fn ferry_original_arch_domain_destroy(d: *mut u8);
 }
 
-/// `struct vcpu_time_info` (public/xen.h).
-#[repr(C)]
+/// `struct vcpu_time_info` (public/xen.h), aligned to 4 as in a 32-bit guest.
+#[repr(C, packed(4))]
 #[derive(Clone, Copy)]
 struct TimeInfo {
     version: u32,
@@ -242,7 +242,6 @@ unsafe fn write_time_info(v: Vcpu, d: Domain, offset: i64, force: bool) {
     // SAFETY: the vcpu_info is in shared_info, or in a page that Xen unmaps only of a domain whose vCPUs have stopped for good or
     // are reset. The guest may write it at any time, hence volatile. Xen's function writes to its copy `new` too, which is not
     // looked at again.
-    // Gap: a 32-bit guest's is aligned to 4, and Rust asks for 8; the CPU does not.
     unsafe {
         let old = place.read_volatile();
         let mut new = TimeInfo {
@@ -270,7 +269,7 @@ unsafe fn write_time_info(v: Vcpu, d: Domain, offset: i64, force: bool) {
         place.write_volatile(new);
         compiler_fence(Ordering::SeqCst);
         version.write_volatile(new.version.wrapping_add(1));
-        xen::update_secondary_system_time(v.0, (&raw const new).cast());
+        xen::update_secondary_system_time(v.0, (&raw mut new).cast());
     }
 }
 

@@ -88,7 +88,8 @@ fn set_event_array(d: Domain, wanted: &DomainState) -> Result<(), Refusal> {
     if pages > abi::FIFO_MAX_PAGES || pages > t::FD_PAGES {
         return Err(refuse(EINVAL, Fault::FIFO_ARRAY));
     }
-    let held = d.event_lock();
+    // Held throughout, also while the pages are mapped, as Xen does: EVTCHNOP_reset, by dom0 or a stub device model, frees what is filled.
+    let _held = d.event_lock();
     let fifo = d.fifo();
     if fifo.is_null() {
         return if pages == 0 { Ok(()) } else { Err(refuse(EINVAL, Fault::FIFO_ARRAY)) };
@@ -96,8 +97,6 @@ fn set_event_array(d: Domain, wanted: &DomainState) -> Result<(), Refusal> {
     if d.fifo_words() != 0 {
         return Err(refuse(EBUSY, Fault::FIFO_ARRAY));
     }
-    drop(held);
-    // Mapped without the event lock, as that is not needed for it; the domctl lock keeps every other SET out.
     // SAFETY: the domctl lock is held, so one operation runs at a time, and this function, the only user, is not called from
     // itself.
     let mapped = unsafe { &mut *(&raw mut MAPPED) };
@@ -114,15 +113,13 @@ fn set_event_array(d: Domain, wanted: &DomainState) -> Result<(), Refusal> {
             }
         }
     }
-    let _held = d.event_lock();
     for (i, page) in mapped.iter().enumerate().take(pages) {
-        // SAFETY: `i` is below `FD_PAGES` (checked above); the event lock is held, under which Xen writes them.
-        // Gap: it was let go in between. EVTCHNOP_reset, by dom0 or a stub device model, may have freed `fifo` meanwhile.
+        // SAFETY: `i` is below `FD_PAGES` (checked above); the event lock is held, under which Xen writes them and frees `fifo`.
         unsafe { store(fifo, i * 8, *page) };
     }
     // The pages must be seen before the number that says they are there.
     compiler_fence(Ordering::SeqCst);
-    // SAFETY: as above, gap included.
+    // SAFETY: as above.
     unsafe { store::<u32>(fifo, t::FD_NUM, pages as u32 * abi::FIFO_WORDS_PER_PAGE) };
     // No port is raised here, unlike when a guest adds a page: the guest's words and queue heads are in memory as they were, and an event
     // linked before the tails are set would cut a queue that is not empty.
@@ -211,6 +208,7 @@ fn check_vcpu(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusal> {
         if wanted.fifo_control_offset > last || wanted.fifo_control_offset % 8 != 0 {
             return Err(refuse(EINVAL, Fault::FIFO_CONTROL));
         }
+        let _held = d.event_lock();
         if !v.fifo_control().is_null() {
             return Err(refuse(EBUSY, Fault::FIFO_CONTROL));
         }
@@ -332,9 +330,11 @@ fn set_fifo_control(d: Domain, v: Vcpu, wanted: &VcpuState) -> Result<(), Refusa
         }
         return Ok(());
     }
-    // SAFETY: the event lock is held, the offset was checked in `check_vcpu`, and each vCPU that was there when the domain was
-    // switched has FIFO state.
-    // Gap: one that was made after that (a domain whose vCPUs could not all be made at once) has none, and Xen does not look.
+    // One that was made after the domain was switched (not all vCPUs could be made at once) has no FIFO state, and Xen does not look.
+    if v.fifo().is_null() {
+        return Err(refuse(EINVAL, Fault::FIFO_CONTROL));
+    }
+    // SAFETY: the event lock is held, the offset was checked in `check_vcpu`, and the vCPU has FIFO state.
     match unsafe { xen::map_control_block(v.0, wanted.fifo_control_gfn, wanted.fifo_control_offset) } {
         0 => Ok(()),
         errno => Err(refuse(i64::from(errno), Fault::FIFO_CONTROL)),
@@ -502,12 +502,13 @@ fn close(d: Domain, port: u32) -> Result<(), Refusal> {
 
 /// Turns the just made port into what it shall be. The domain lock is held and the domain paused, so it is still there.
 fn give_kind(d: Domain, v: Vcpu, wanted: &PortState) -> Result<(), Refusal> {
+    let held = d.event_lock();
     let pirq = if wanted.state == port_state::PIRQ {
-        // SAFETY: below `nr_pirqs` (checked in `check_pirq_port`); what is found is freed by RCU, so not before this domctl ends.
-        // Gap: one that is not there is inserted into the domain's tree, which Xen does under the event lock only; it is not held
-        // here.
+        // SAFETY: below `nr_pirqs` (checked in `check_pirq_port`); one that is not there is inserted into the domain's tree, under
+        // the event lock as Xen asks.
         let info = unsafe { xen::pirq_get_info(d.0, wanted.irq as i32) };
         if info.is_null() {
+            drop(held);
             close(d, wanted.port)?;
             return Err(refuse(xen::ENOMEM, Fault::PORT_PIRQ));
         }
@@ -515,7 +516,6 @@ fn give_kind(d: Domain, v: Vcpu, wanted: &PortState) -> Result<(), Refusal> {
     } else {
         core::ptr::null_mut()
     };
-    let _held = d.event_lock();
     let evtchn = d.evtchn(wanted.port).ok_or(refuse(ENOENT, Fault::PORT))?;
     if wanted.state == port_state::INTERDOMAIN {
         connect(d, evtchn, wanted)?;
@@ -537,8 +537,7 @@ fn give_kind(d: Domain, v: Vcpu, wanted: &PortState) -> Result<(), Refusal> {
         } else if wanted.state == port_state::IPI {
             evtchn.set::<u8>(t::E_STATE, port_state::IPI);
         } else if wanted.state == port_state::PIRQ {
-            // SAFETY: both locks are held. `pirq` is not null (checked above); if it was taken out of the tree since, RCU still
-            // keeps its memory.
+            // SAFETY: both locks are held, the event lock since `pirq` was found, which is not null (checked above).
             unsafe { link_pirq(d, evtchn, pirq, wanted) }
         }
     }

@@ -37,8 +37,8 @@ pub const M2P_SHARED: u64 = u64::MAX - 1;
 unsafe extern "C" {
     pub fn get_s_time() -> i64;
     fn domain_page_map_to_mfn(page: *const u8) -> u64;
-    fn copy_to_user_hvm(to: u64, from: *const c_void, len: u32) -> u64;
-    fn copy_from_user_hvm(to: *mut c_void, from: u64, len: u32) -> u64;
+    fn copy_to_user_hvm(to: u64, from: *const c_void, len: u32) -> u32;
+    fn copy_from_user_hvm(to: *mut c_void, from: u64, len: u32) -> u32;
     fn copy_to_guest_pv(to: u64, from: *const c_void, len: u32) -> u32;
     fn copy_from_guest_pv(to: *mut c_void, from: u64, len: u32) -> u32;
     fn _spin_lock(lock: *mut u8);
@@ -54,7 +54,7 @@ unsafe extern "C" {
     pub fn stop_timer(timer: *mut u8);
     pub fn migrate_timer(timer: *mut u8, cpu: u32);
     pub fn send_timer_event(v: *mut u8);
-    pub fn update_secondary_system_time(v: *mut u8, time: *const u8) -> bool;
+    pub fn update_secondary_system_time(v: *mut u8, time: *mut u8) -> bool;
     pub fn gtime_to_gtsc(d: *mut u8, time: u64) -> u64;
     pub fn hvm_scale_tsc(d: *mut u8, tsc: u64) -> u64;
     /// Host's system time at a TSC of this CPU.
@@ -246,7 +246,7 @@ pub unsafe fn copy_to_guest(to: u64, from: *const u8, len: u32) -> Result<(), i6
         if current().domain().is_hvm() {
             copy_to_user_hvm(to, from.cast(), len)
         } else {
-            u64::from(copy_to_guest_pv(to, from.cast(), len))
+            copy_to_guest_pv(to, from.cast(), len)
         }
     };
     if left == 0 { Ok(()) } else { Err(EFAULT) }
@@ -262,7 +262,7 @@ pub unsafe fn copy_from_guest(to: *mut u8, from: u64, len: u32) -> Result<(), i6
         if current().domain().is_hvm() {
             copy_from_user_hvm(to.cast(), from, len)
         } else {
-            u64::from(copy_from_guest_pv(to.cast(), from, len))
+            copy_from_guest_pv(to.cast(), from, len)
         }
     };
     if left == 0 { Ok(()) } else { Err(EFAULT) }
@@ -665,7 +665,6 @@ impl Vcpu {
     pub fn fifo_control(self) -> *mut u8 {
         let fifo = self.fifo();
         // SAFETY: not null, and its first field is the control block. The callers hold the event lock, under which Xen frees it.
-        // Gap: `check_vcpu` in set.rs looks once without that lock.
         if fifo.is_null() { fifo } else { unsafe { load(fifo, 0) } }
     }
 }
