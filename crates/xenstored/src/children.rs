@@ -190,15 +190,24 @@ impl Children {
     /// Names with a NUL each.
     pub fn names(&self) -> Rc<[u8]> {
         match &self.0 {
-            None => Rc::default(),
             Some(s) if s.gaps == 0 => s.names[..].into(),
-            Some(_) => {
+            _ => {
                 let mut v = Vec::with_capacity(self.bytes());
-                for (n, _) in self.iter() {
-                    v.extend_from_slice(n);
-                    v.push(0);
-                }
+                self.put_names(&mut v);
                 v.into()
+            }
+        }
+    }
+
+    /// Appends them.
+    pub fn put_names(&self, out: &mut Vec<u8>) {
+        match &self.0 {
+            Some(s) if s.gaps == 0 => out.extend_from_slice(&s.names),
+            _ => {
+                for (n, _) in self.iter() {
+                    out.extend_from_slice(n);
+                    out.push(0);
+                }
             }
         }
     }

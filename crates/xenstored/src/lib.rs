@@ -5,6 +5,7 @@ pub mod children;
 pub mod conn;
 mod control;
 pub mod daemon;
+mod direct;
 mod domain_ops;
 pub mod held;
 mod host;

@@ -2,6 +2,7 @@
 //! bytes out; the hypervisor is behind [`Host`].
 
 use crate::conn::{ByConn, ConnId, Connection, Outgoing, Peer, RequestId};
+use crate::direct::Direct;
 use crate::held::HeldEvent;
 use crate::host::Host;
 use crate::import::Import;
@@ -196,6 +197,7 @@ pub struct Store {
     pub(crate) logged_generation: u64,
     /// Changes for the journal.
     pub(crate) redo: Redo,
+    pub(crate) direct: Direct,
 }
 
 impl Store {
@@ -239,6 +241,7 @@ impl Store {
             default_perms: perms,
             logged_generation: 0,
             redo: Redo::default(),
+            direct: Direct::default(),
         };
         s.domains.insert(0, Domain::default());
         s
@@ -822,7 +825,7 @@ impl Store {
     // ---- replies and events ----
 
     /// Serves one request.
-    fn process(&mut self, id: ConnId, h: &Header, body: &[u8], host: &mut dyn Host) {
+    pub(crate) fn process(&mut self, id: ConnId, h: &Header, body: &[u8], host: &mut dyn Host) {
         let Some(conn) = self.conns.get_mut(&id) else { return };
         let op = Op::from_wire(h.op).filter(|o| !matches!(o, Op::WatchEvent | Op::Error));
         let ignores_tx = matches!(op, Some(Op::Watch | Op::Unwatch));
@@ -890,6 +893,9 @@ impl Store {
             Ok(b) => (h.op, b),
             Err(e) => (Op::Error.to_wire(), e.payload().into()),
         };
+        if self.reply_directly(c.conn, h, op, &body) {
+            return;
+        }
         let size = (body.len() + HEADER_LEN) as i64;
         // Short replies always go: errors and acknowledgements must get through.
         let (op, body) = if body.len() > 16 && self.charge(c.domid, size, true).is_err() {
