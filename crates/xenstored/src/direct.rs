@@ -4,6 +4,7 @@
 use crate::conn::{ConnId, Outgoing, Peer};
 use crate::host::Host;
 use crate::store::Store;
+use tracing::debug;
 use xenstore_wire::{HEADER_LEN, Header, Op, PAYLOAD_MAX, payload};
 
 /// Replies on the short way.
@@ -40,7 +41,9 @@ impl Store {
         if self.live_update_delays(id, h.op) {
             return None;
         }
-        if !self.answer_now(&h, body) {
+        if self.answer_now(&h, body) {
+            debug!(conn = id, op = Op::from_wire(h.op).map_or("?", Op::name), len = body.len(), ok = true, "request");
+        } else {
             self.direct.to = Some(id);
             self.process(id, &h, body, host);
             self.direct.to = None;
@@ -58,6 +61,8 @@ impl Store {
         match (self.tree.get(path), op) {
             (None, _) => false,
             (Some(n), Op::Directory) if n.children.bytes() > PAYLOAD_MAX => false,
+            // No request makes such a value, but a stream may bring it.
+            (Some(n), _) if n.value.len() > PAYLOAD_MAX => false,
             (Some(n), Op::Directory) => {
                 self.direct.put(h, h.op, |b| n.children.put_names(b));
                 true
