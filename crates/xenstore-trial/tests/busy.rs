@@ -87,3 +87,23 @@ fn nobody_keeps_it_awake() {
         }
     }
 }
+
+/// A look at a node that is there takes the shortest way of all.
+#[test]
+fn every_request_is_logged() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let (_xen, d) = start(dir.path());
+    let mut c = Connection::socket(d.socket()).unwrap();
+    for args in [["logfile", log.to_str().unwrap()], ["log", "on"]] {
+        let (m, _) = c.call(Op::Control, 0, &payload::join(args)).unwrap();
+        assert_eq!(m.payload, b"OK\0");
+    }
+    for op in [Op::Read, Op::Directory, Op::GetPerms] {
+        c.call(op, 0, &payload::join(["/tool"])).unwrap();
+    }
+    let text = std::fs::read_to_string(log).unwrap();
+    for op in ["READ", "DIRECTORY", "GET_PERMS"] {
+        assert!(text.contains(&format!("op=\"{op}\"")), "{op} in {text}");
+    }
+}
