@@ -47,6 +47,13 @@ impl Host for Table {
 
 fn send(s: &mut Store, h: &mut Table, conn: u32, bytes: &[u8]) {
     let mut at = 0;
+    // As the daemon does: the short way as far as it goes, and what was not sent of its replies is queued.
+    while let Some(n) = s.input_directly(conn, &bytes[at..], h) {
+        at += n;
+    }
+    let mut replies = Vec::new();
+    s.take_direct(&mut replies);
+    s.queue_direct(conn, &replies, replies.len() / 2);
     while at < bytes.len() {
         let n = s.wants(conn, h.now).min(bytes.len() - at);
         match s.input(conn, &bytes[at..at + n], h) {
