@@ -11,14 +11,14 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use xenstore_wire::{HEADER_LEN, Header, Op, payload};
+use xenstore_wire::{HEADER_LEN, Header, Op, path, payload};
 
 /// Children of one node of the tree.
 const FAN: usize = 100;
 /// What is written.
 const VALUE: &[u8] = b"0123456789";
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Row {
     Read,
     Write,
@@ -284,11 +284,20 @@ pub fn fill(socket: &Path, nodes: usize, limit: Duration) -> Result<usize> {
     const BATCH: usize = 64;
     let mut c = Client::connect(socket)?;
     let start = Instant::now();
+    let mut path = Vec::new();
     for first in (0..nodes).step_by(BATCH) {
         if start.elapsed() > limit {
             return Ok(first);
         }
         let batch = first..(first + BATCH).min(nodes);
+        for i in batch.clone().filter(|i| i % FAN == 0) {
+            path.clear();
+            put_parent(&mut path, i);
+            if i % (FAN * FAN) == 0 {
+                make_room(&mut c, path::parent(&path))?;
+            }
+            make_room(&mut c, &path)?;
+        }
         for i in batch.clone() {
             c.send(Op::Write, 0, |b| put_write(b, i))?;
         }
@@ -297,4 +306,21 @@ pub fn fill(socket: &Path, nodes: usize, limit: Duration) -> Result<usize> {
         }
     }
     Ok(nodes)
+}
+
+/// Makes a node, without a value in the end, for which the C daemon has room for its children's names.
+///
+/// That daemon keeps a node with those names in one record of a database, moves it when it grows, and looks through all the pieces that
+/// this leaves whenever it needs room: a million nodes would take it an hour.
+fn make_room(c: &mut Client, path: &[u8]) -> Result<()> {
+    for room in [FAN * b"node-00\0".len(), 0] {
+        c.send(Op::Write, 0, |b| {
+            b.extend_from_slice(path);
+            b.push(0);
+            b.resize(b.len() + room, b'x');
+            Ok(())
+        })?;
+        c.reply(Op::Write, true)?;
+    }
+    Ok(())
 }

@@ -35,6 +35,9 @@ struct Args {
     /// would take hours for a million)
     #[arg(long, default_value_t = 120)]
     fill_limit: u64,
+    /// Rows to measure; all if none is named
+    #[arg(long, value_delimiter = ',')]
+    rows: Vec<Row>,
     /// What the state journal costs: ours without it in the stock daemon's place, and rows for dom0's ring
     #[arg(long, conflicts_with = "check")]
     journal: bool,
@@ -230,7 +233,8 @@ fn main() -> Result<()> {
         return echo::serve_in_a_loop(socket);
     }
     let time = Duration::from_millis(a.time);
-    let dir = tempfile::tempdir()?;
+    // In memory, as the daemons' own folder below /run is.
+    let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir())?;
     let programs = Programs::prepare(dir.path())?;
     let ours: PathBuf = std::env::current_exe()?.with_file_name("xenstored-on-files");
     let processors = Processors::take(a.apart)?;
@@ -303,6 +307,7 @@ fn main() -> Result<()> {
             if a.journal && clients == 1 {
                 rows.extend([Row::RingRead, Row::RingWrite]);
             }
+            rows.retain(|r| a.rows.is_empty() || a.rows.contains(r));
             for row in rows {
                 // Twice each, turn and turn about; the better one counts.
                 let mut best: [Option<Figures>; 3] = [None, None, None];
