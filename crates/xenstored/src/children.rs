@@ -5,10 +5,14 @@
 
 use crate::node::Node;
 use hashbrown::HashTable;
+use rustc_hash::FxHasher;
+use std::hash::Hasher;
 use std::rc::Rc;
 
-/// Up to so many children are searched one by one; more get an index.
-const FEW: usize = 24;
+/// Up to so many children are searched one by one.
+const FEW: usize = 16;
+/// With more than so many, going through their tags takes longer than a hash table.
+const MANY: usize = 512;
 
 /// Children of a node.
 #[derive(Debug, Clone, Default)]
@@ -18,94 +22,125 @@ pub struct Children(Option<Box<Set>>);
 struct Set {
     /// Names, each with its NUL. Those of removed ones stay until they are more than [`Set::is_sparse`] allows.
     names: Vec<u8>,
+    /// Where in `names` each begins; it ends where the next one begins. It fits: 4 GiB of names in one node, which only dom0 could make,
+    /// would be more children than a host has memory for.
+    at: Vec<u32>,
     /// In their order; removed ones leave a gap until there are too many.
-    list: Vec<Child>,
+    nodes: Vec<Option<Rc<Node>>>,
     gaps: usize,
     /// Length of all names with a NUL each.
     bytes: usize,
-    /// Places in `list`, if there are many.
-    index: HashTable<u32>,
+    index: Index,
 }
 
-#[derive(Debug, Clone)]
-struct Child {
-    /// Where the name is, and its length without the NUL. Both fit: a name is part of a path, and 4 GiB of names in one node, which
-    /// only dom0 could make, would be more children than a host has memory for.
-    at: u32,
-    len: u32,
-    /// `None`: a gap.
-    node: Option<Rc<Node>>,
+/// How a name is found.
+#[derive(Debug, Clone, Default)]
+enum Index {
+    /// By comparing it with each.
+    #[default]
+    None,
+    /// By a byte of its hash, in the order of the places: a look through few lines of memory.
+    Tags(Vec<u8>),
+    /// By its hash: places.
+    Table(HashTable<u32>),
 }
 
+/// Children of one node are limited by its owner's quota, so that a guest that makes names collide slows down nobody but itself.
 fn hash(name: &[u8]) -> u64 {
-    // FNV-1a, its bits spread. Children of one node are limited by its quota, so that a guest that makes names collide
-    // slows down nobody but itself.
-    let h = name.iter().fold(0xcbf2_9ce4_8422_2325_u64, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
-    h ^ (h >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    let mut h = FxHasher::default();
+    h.write(name);
+    h.finish()
 }
 
-impl Child {
-    fn name<'n>(&self, names: &'n [u8]) -> &'n [u8] {
-        names.get(self.at as usize..self.at as usize + self.len as usize).unwrap_or_default()
-    }
-
-    fn is(&self, names: &[u8], name: &[u8]) -> bool {
-        // Names of the same length mostly differ in what comes last: a number.
-        self.len as usize == name.len() && self.node.is_some() && {
-            let own = self.name(names);
-            own.last() == name.last() && own == name
-        }
-    }
+/// A byte of it.
+fn tag(name: &[u8]) -> u8 {
+    hash(name) as u8
 }
 
 /// Room for so much more in one that gets `more`: few bytes too many in a million small nodes would be many.
 fn grow<T>(v: &mut Vec<T>, more: usize, small: usize) {
     if v.len() + more > v.capacity() {
-        v.reserve_exact(if v.len() < small { more } else { more.max(v.len() / 8) });
+        v.reserve_exact(if v.len() < small { more } else { more.max(v.len() / 16) });
     }
 }
 
+/// The name of a place, without its NUL.
+fn name_of<'n>(names: &'n [u8], at: &[u32], i: usize) -> &'n [u8] {
+    let from = at.get(i).map_or(names.len(), |&a| a as usize);
+    let next = at.get(i + 1).map_or(names.len(), |&a| a as usize);
+    names.get(from..next.saturating_sub(1)).unwrap_or_default()
+}
+
 impl Set {
+    fn name(&self, i: usize) -> &[u8] {
+        name_of(&self.names, &self.at, i)
+    }
+
+    fn is(&self, i: usize, name: &[u8]) -> bool {
+        let own = self.name(i);
+        // Names of the same length mostly differ in what comes last: a number.
+        own.len() == name.len()
+            && own.last() == name.last()
+            && own == name
+            && self.nodes.get(i).is_some_and(Option::is_some)
+    }
+
     fn find(&self, name: &[u8]) -> Option<usize> {
-        if self.index.is_empty() {
-            self.list.iter().position(|c| c.is(&self.names, name))
-        } else {
-            let is = |&i: &u32| self.list.get(i as usize).is_some_and(|c| c.is(&self.names, name));
-            self.index.find(hash(name), is).map(|&i| i as usize)
+        match &self.index {
+            Index::None => (0..self.nodes.len()).find(|&i| self.is(i, name)),
+            Index::Tags(tags) => memchr::memchr_iter(tag(name), tags).find(|&i| self.is(i, name)),
+            Index::Table(places) => places.find(hash(name), |&i| self.is(i as usize, name)).map(|&i| i as usize),
         }
+    }
+
+    fn push(&mut self, name: &[u8], node: Rc<Node>) {
+        self.bytes += name.len() + 1;
+        grow(&mut self.nodes, 1, 8);
+        grow(&mut self.at, 1, 8);
+        grow(&mut self.names, name.len() + 1, 64);
+        self.at.push(self.names.len() as u32);
+        self.names.extend_from_slice(name);
+        self.names.push(0);
+        self.nodes.push(Some(node));
+        match &mut self.index {
+            Index::None => {}
+            Index::Tags(tags) => {
+                grow(tags, 1, 8);
+                tags.push(tag(name));
+            }
+            Index::Table(places) => {
+                let (names, at) = (&self.names, &self.at);
+                places.insert_unique(hash(name), at.len() as u32 - 1, |&i| hash(name_of(names, at, i as usize)));
+            }
+        }
+    }
+
+    /// Whether they have become too many for their index.
+    fn is_crowded(&self) -> bool {
+        self.nodes.len() > FEW && matches!(self.index, Index::None)
+            || self.nodes.len() > MANY && matches!(self.index, Index::Tags(_))
     }
 
     /// Whether much of it is of removed ones: no more may be kept than a few times what their owner is charged for.
     fn is_sparse(&self) -> bool {
-        self.gaps > self.list.len() / 2 || self.names.len() > 2 * self.bytes + 1024
+        self.gaps > self.nodes.len() / 2 || self.names.len() > 2 * self.bytes + 1024
     }
 
-    /// Closes the gaps.
+    /// Closes the gaps, and makes the index that is right for so many.
     fn rebuild(&mut self) {
-        let mut names = Vec::with_capacity(self.bytes);
-        self.list.retain_mut(|c| {
-            let at = names.len() as u32;
-            if c.node.is_some() {
-                names.extend_from_slice(c.name(&self.names));
-                names.push(0);
-            }
-            c.at = at;
-            c.node.is_some()
-        });
-        self.names = names;
-        self.list.shrink_to_fit();
-        self.gaps = 0;
-        self.index_again();
-    }
-
-    fn index_again(&mut self) {
-        self.index = HashTable::new();
-        if self.list.len() > FEW {
-            let (list, names) = (&self.list, &self.names);
-            let at = |i: &u32| list.get(*i as usize).map_or(0, |c| hash(c.name(names)));
-            self.index.reserve(list.len(), at);
-            for i in 0..list.len() as u32 {
-                self.index.insert_unique(at(&i), i, at);
+        let old = std::mem::take(self);
+        let count = old.nodes.len() - old.gaps;
+        self.names.reserve_exact(old.bytes);
+        self.at.reserve_exact(count);
+        self.nodes.reserve_exact(count);
+        self.index = match count {
+            n if n <= FEW => Index::None,
+            n if n <= MANY => Index::Tags(Vec::with_capacity(n)),
+            n => Index::Table(HashTable::with_capacity(n)),
+        };
+        for (i, node) in old.nodes.into_iter().enumerate() {
+            if let Some(node) = node {
+                self.push(name_of(&old.names, &old.at, i), node);
             }
         }
     }
@@ -114,7 +149,7 @@ impl Set {
 impl Children {
     /// How many.
     pub fn len(&self) -> usize {
-        self.0.as_ref().map_or(0, |s| s.list.len() - s.gaps)
+        self.0.as_ref().map_or(0, |s| s.nodes.len() - s.gaps)
     }
 
     /// None at all.
@@ -130,14 +165,14 @@ impl Children {
     /// By name.
     pub fn get(&self, name: &[u8]) -> Option<&Rc<Node>> {
         let s = self.0.as_ref()?;
-        s.list.get(s.find(name)?)?.node.as_ref()
+        s.nodes.get(s.find(name)?)?.as_ref()
     }
 
     /// By name, to be changed.
     pub fn get_mut(&mut self, name: &[u8]) -> Option<&mut Rc<Node>> {
         let s = self.0.as_mut()?;
         let i = s.find(name)?;
-        s.list.get_mut(i)?.node.as_mut()
+        s.nodes.get_mut(i)?.as_mut()
     }
 
     /// Appends; one of the same name is replaced where it stands.
@@ -147,20 +182,9 @@ impl Children {
             return;
         }
         let s = self.0.get_or_insert_default();
-        s.bytes += name.len() + 1;
-        grow(&mut s.list, 1, 8);
-        grow(&mut s.names, name.len() + 1, 64);
-        s.list.push(Child { at: s.names.len() as u32, len: name.len() as u32, node: Some(node) });
-        s.names.extend_from_slice(name);
-        s.names.push(0);
-        if s.index.is_empty() {
-            if s.list.len() > FEW {
-                s.rebuild();
-            }
-        } else {
-            let (list, names, i) = (&s.list, &s.names, s.list.len() as u32 - 1);
-            let at = |i: &u32| list.get(*i as usize).map_or(0, |c| hash(c.name(names)));
-            s.index.insert_unique(at(&i), i, at);
+        s.push(name, node);
+        if s.is_crowded() {
+            s.rebuild();
         }
     }
 
@@ -168,15 +192,17 @@ impl Children {
     pub fn remove(&mut self, name: &[u8]) -> Option<Rc<Node>> {
         let s = self.0.as_mut()?;
         let i = s.find(name)?;
-        let node = s.list.get_mut(i)?.node.take()?;
+        let node = s.nodes.get_mut(i)?.take()?;
         s.bytes -= name.len() + 1;
         s.gaps += 1;
-        if let Ok(e) = s.index.find_entry(hash(name), |&k| k as usize == i) {
+        if let Index::Table(places) = &mut s.index
+            && let Ok(e) = places.find_entry(hash(name), |&k| k as usize == i)
+        {
             e.remove();
         }
-        if s.gaps == s.list.len() {
+        if s.gaps == s.nodes.len() {
             self.0 = None;
-        } else if s.list.len() <= FEW || s.is_sparse() {
+        } else if s.nodes.len() <= FEW || s.is_sparse() {
             s.rebuild();
         }
         Some(node)
@@ -184,7 +210,7 @@ impl Children {
 
     /// In their order: name, node.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &Rc<Node>)> {
-        self.0.iter().flat_map(|s| s.list.iter().filter_map(|c| Some((c.name(&s.names), c.node.as_ref()?))))
+        self.0.iter().flat_map(|s| s.nodes.iter().enumerate().filter_map(|(i, n)| Some((s.name(i), n.as_ref()?))))
     }
 
     /// Names with a NUL each.
@@ -239,7 +265,7 @@ mod tests {
         for n in &want[..60] {
             c.remove(n).unwrap();
         }
-        assert!(c.0.as_ref().unwrap().index.is_empty(), "a small set is small again");
+        assert!(matches!(c.0.as_ref().unwrap().index, Index::None), "a small set is small again");
         assert_eq!(all(&c), want[60..]);
         assert_eq!(*c.names(), joined(&want[60..]), "without");
         assert!(c.remove(b"nothing").is_none());
@@ -270,25 +296,30 @@ mod tests {
     #[test]
     fn they_are_what_a_list_would_be() {
         let perms: PermList = vec![Perm::new(Access::NONE, 0)].into();
-        let (mut c, mut list) = (Children::default(), Vec::<(Vec<u8>, u64)>::new());
-        let mut x = 1_u64;
-        for step in 0..20_000 {
-            x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let name = format!("{}", (x >> 40) % 70).into_bytes();
-            let at = list.iter().position(|(n, _)| *n == name);
-            // Phases in which there are many, and few.
-            if (x >> 33) % 100 < if step / 2000 % 2 == 0 { 70 } else { 30 } {
-                c.insert(&name, Rc::new(Node::new(step, perms.clone())));
-                match at {
-                    Some(i) => list[i].1 = step,
-                    None => list.push((name, step)),
+        // Some, and more than MANY at times.
+        for different in [70, 900] {
+            let (mut c, mut list) = (Children::default(), Vec::<(Vec<u8>, u64)>::new());
+            let (mut x, mut most) = (1_u64, 0);
+            for step in 0..20_000 {
+                x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let name = format!("{}", (x >> 40) % different).into_bytes();
+                let at = list.iter().position(|(n, _)| *n == name);
+                // Phases in which there are many, and few.
+                if (x >> 33) % 100 < if step / 2000 % 2 == 0 { 70 } else { 20 } {
+                    c.insert(&name, Rc::new(Node::new(step, perms.clone())));
+                    match at {
+                        Some(i) => list[i].1 = step,
+                        None => list.push((name, step)),
+                    }
+                } else {
+                    assert_eq!(c.remove(&name).map(|n| n.generation), at.map(|i| list.remove(i).1));
                 }
-            } else {
-                assert_eq!(c.remove(&name).map(|n| n.generation), at.map(|i| list.remove(i).1));
+                most = most.max(c.len());
+                assert_eq!(c.len(), list.len());
+                assert_eq!(c.names().len(), c.bytes());
+                assert!(c.iter().map(|(n, c)| (n, c.generation)).eq(list.iter().map(|(n, g)| (&n[..], *g))));
             }
-            assert_eq!(c.len(), list.len());
-            assert_eq!(c.names().len(), c.bytes());
-            assert!(c.iter().map(|(n, c)| (n, c.generation)).eq(list.iter().map(|(n, g)| (&n[..], *g))));
+            assert_eq!(most > MANY, different > 70);
         }
     }
 }
