@@ -5,6 +5,8 @@
 //! being woken takes longer than most requests. Where looking longer does not help (there is one processor, and the client needs it;
 //! or clients come rarely) it is soon given up, and tried again now and then.
 //!
+//! One that always has something is even taken from epoll, until it has nothing a few times or the daemon is going to sleep.
+//!
 //! No I/O and no clock in here.
 
 use crate::conn::ConnId;
@@ -14,24 +16,48 @@ const MOST: usize = 64;
 /// With fewer of them the daemon is not busy, and asking in vain costs more than it spares.
 const SEVERAL: usize = 4;
 /// One that had nothing so often in a row is left to epoll.
-const MISSES: u8 = 2;
+const VAIN: u8 = 2;
+/// One that had something so often in a row is taken from epoll: to be told of each request and each reply read costs epoll's side of
+/// the socket, which is the client's, a tenth of a request.
+pub(super) const UNWATCHED_FROM: u8 = 100;
+/// The same as [`VAIN`] for one that epoll does not watch. To have it watched again takes as long as asking it so often.
+const VAIN_UNWATCHED: u8 = 8;
 /// How long to look before sleeping, in nanoseconds: what it takes to wake a sleeping processor and have an answer from it.
 const LOOK_NS: u64 = 50_000;
 /// After so many vain looks in a row the next is 2^10 sleeps away, and it gets no further.
 const MOST_VAIN: u32 = 10;
 
+/// What is to be done about a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Ask it. True: there was something.
+    Ask,
+    /// Take it from epoll, which is to say nothing of it any more. True: that was done.
+    Unwatch,
+    /// Have epoll watch it again.
+    Watch,
+}
+
+#[derive(Debug)]
+struct Client {
+    id: ConnId,
+    /// How often in a row it had nothing, and had something.
+    vain: u8,
+    served: u8,
+    watched: bool,
+}
+
 /// Clients that asked for something just now.
 #[derive(Debug, Default)]
 pub struct Recent {
-    /// Each with how often in a row it had nothing.
-    clients: Vec<(ConnId, u8)>,
+    clients: Vec<Client>,
 }
 
 impl Recent {
     /// It asked for something.
     pub fn add(&mut self, id: ConnId) {
-        if !self.is_full() && !self.clients.iter().any(|(c, _)| *c == id) {
-            self.clients.push((id, 0));
+        if !self.is_full() && !self.clients.iter().any(|c| c.id == id) {
+            self.clients.push(Client { id, vain: 0, served: 0, watched: true });
         }
     }
 
@@ -40,24 +66,43 @@ impl Recent {
         self.clients.len() >= MOST
     }
 
-    /// Asks all of them, if they are several; `ask` says whether there was something. How many had.
-    pub fn ask_all(&mut self, mut ask: impl FnMut(ConnId) -> bool) -> usize {
+    /// Asks all of them, if they are several. How many had something.
+    pub fn ask_all(&mut self, mut step: impl FnMut(ConnId, Step) -> bool) -> usize {
         let mut had = 0;
         if self.clients.len() < SEVERAL {
+            self.watch_all(step);
             self.clients.clear();
             return had;
         }
-        self.clients.retain_mut(|(id, misses)| {
-            if ask(*id) {
-                *misses = 0;
+        self.clients.retain_mut(|c| {
+            if step(c.id, Step::Ask) {
                 had += 1;
-                true
-            } else {
-                *misses += 1;
-                *misses < MISSES
+                c.vain = 0;
+                if c.watched {
+                    c.served += 1;
+                    if c.served == UNWATCHED_FROM {
+                        c.served = 0;
+                        c.watched = !step(c.id, Step::Unwatch);
+                    }
+                }
+                return true;
             }
+            (c.vain, c.served) = (c.vain + 1, 0);
+            let stays = c.vain < if c.watched { VAIN } else { VAIN_UNWATCHED };
+            if !stays && !c.watched {
+                step(c.id, Step::Watch);
+            }
+            stays
         });
         had
+    }
+
+    /// Has epoll watch all of them: nobody may be asked for a while.
+    pub fn watch_all(&mut self, mut step: impl FnMut(ConnId, Step) -> bool) {
+        for c in self.clients.iter_mut().filter(|c| !c.watched) {
+            step(c.id, Step::Watch);
+            (c.watched, c.served) = (true, 0);
+        }
     }
 }
 
@@ -132,22 +177,76 @@ mod tests {
             r.add(id);
         }
         let mut asked = Vec::new();
-        let busy = |id| id < 5;
-        assert_eq!(r.ask_all(|id| (asked.push(id), busy(id)).1), 4);
+        let busy = |id, _| id < 5;
+        assert_eq!(r.ask_all(|id, s| (asked.push(id), busy(id, s)).1), 4);
         assert_eq!(asked, [7, 1, 2, 3, 4]);
         assert_eq!(r.ask_all(busy), 4);
-        assert_eq!(r.ask_all(|id| id == 7), 0, "7 is not asked any more");
+        assert_eq!(r.ask_all(|id, _| id == 7), 0, "7 is not asked any more");
         r.add(7);
-        assert_eq!(r.ask_all(|id| id >= 4), 2);
+        assert_eq!(r.ask_all(|id, _| id >= 4), 2);
     }
 
     #[test]
     fn few_are_not_asked_and_there_is_a_limit() {
         let mut r = Recent::default();
         r.add(1);
-        assert_eq!(r.ask_all(|_| panic!("asked")), 0);
+        assert_eq!(r.ask_all(|_, _| panic!("asked")), 0);
         (0..1000).for_each(|id| r.add(id));
-        assert_eq!(r.ask_all(|_| true), MOST);
+        assert_eq!(r.ask_all(|_, _| true), MOST);
+    }
+
+    /// Whom epoll watches, as the steps say.
+    #[derive(Default)]
+    struct Epoll(std::collections::BTreeSet<ConnId>);
+
+    impl Epoll {
+        fn step(&mut self, id: ConnId, s: Step, busy: bool) -> bool {
+            match s {
+                Step::Ask => busy,
+                Step::Unwatch => self.0.remove(&id),
+                Step::Watch => {
+                    assert!(self.0.insert(id), "{id} is watched already");
+                    true
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_busiest_are_taken_from_epoll_and_come_back_once_they_are_not() {
+        let (mut r, mut e) = (Recent::default(), Epoll((0..6).collect()));
+        (0..5).for_each(|id| r.add(id));
+        for _ in 1..UNWATCHED_FROM {
+            r.ask_all(|id, s| e.step(id, s, true));
+        }
+        assert_eq!(e.0.len(), 6);
+        r.ask_all(|id, s| e.step(id, s, true));
+        assert_eq!(e.0.iter().collect::<Vec<_>>(), [&5]);
+        // One has nothing to ask for a while, another for good.
+        for round in 1..VAIN_UNWATCHED {
+            r.ask_all(|id, s| e.step(id, s, id > 1 || (id == 1 && round == 3)));
+        }
+        assert_eq!(e.0.len(), 1);
+        r.ask_all(|id, s| e.step(id, s, id > 1));
+        assert_eq!(e.0.iter().collect::<Vec<_>>(), [&0, &5]);
+        r.watch_all(|id, s| e.step(id, s, false));
+        assert_eq!(e.0.len(), 6, "before a sleep");
+        r.watch_all(|id, s| e.step(id, s, false));
+    }
+
+    #[test]
+    fn when_few_are_left_epoll_watches_them() {
+        let (mut r, mut e) = (Recent::default(), Epoll((0..4).collect()));
+        (0..4).for_each(|id| r.add(id));
+        for _ in 0..UNWATCHED_FROM {
+            r.ask_all(|id, s| e.step(id, s, true));
+        }
+        assert!(e.0.is_empty());
+        for _ in 0..VAIN_UNWATCHED {
+            r.ask_all(|id, s| e.step(id, s, id != 0));
+        }
+        r.ask_all(|id, s| e.step(id, s, true));
+        assert_eq!(e.0.len(), 4);
     }
 
     /// Looks begun while `sleeps` times nothing came, and something was done before each.

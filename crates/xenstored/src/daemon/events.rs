@@ -1,6 +1,6 @@
 //! The loop.
 
-use super::busy::{Look, Recent};
+use super::busy::{Look, Recent, Step};
 use super::devices::Devices;
 use super::journal::{self, BOOT_ID, Contents, Journal, Loaded};
 use super::kill_point::may_die_here;
@@ -60,8 +60,10 @@ struct Client {
     stream: UnixStream,
     /// Read and not yet given to the store.
     unread: Vec<u8>,
-    /// What epoll watches for.
+    /// What epoll watches for, if it watches it at all.
     flags: epoll::EventFlags,
+    /// False: one of those who asked just now, and are asked without epoll.
+    watched: bool,
 }
 
 /// What came of asking a client.
@@ -426,6 +428,11 @@ impl Daemon {
         let asked = may_wait && self.ask_recent();
         let idle = self.machine.ready.is_empty() && may_wait && !asked;
         let sleeps = idle && !self.look.again(self.active, || self.machine.now_ns(), process::times_preempted);
+        if sleeps {
+            let mut recent = std::mem::take(&mut self.recent);
+            recent.watch_all(|id, _| self.watch_again(id));
+            self.recent = recent;
+        }
         let wait = if sleeps { self.due.map(|due| due.saturating_sub(now)) } else { Some(0) };
         let wait = wait
             .map(|ms| rustix::event::Timespec { tv_sec: (ms / 1000) as i64, tv_nsec: (ms % 1000 * 1_000_000) as i64 });
@@ -506,7 +513,7 @@ impl Daemon {
         stream.set_nonblocking(true)?;
         let flags = CLIENT_FLAGS | epoll::EventFlags::IN;
         epoll::add(&self.epoll, &stream, epoll::EventData::new_u64(TOKEN_CLIENT + u64::from(id)), flags)?;
-        self.clients.insert(id, Client { stream, unread: Vec::new(), flags });
+        self.clients.insert(id, Client { stream, unread: Vec::new(), flags, watched: true });
         Ok(())
     }
 
@@ -522,18 +529,28 @@ impl Daemon {
     pub(super) fn ask_recent(&mut self) -> bool {
         let (mut any, end) = (false, self.machine.now_ns() + ASK_NS);
         loop {
-            let mut recent = std::mem::take(&mut self.recent);
-            let had = recent.ask_all(|id| {
-                let asked = self.client_readable(id, false);
-                any |= asked != Asked::Nothing;
-                asked == Asked::Served
-            });
-            self.recent = recent;
+            let had = self.ask_each_recent(&mut any);
             if had == 0 || self.recent.is_full() || !self.machine.ready.is_empty() || self.machine.now_ns() > end {
                 return any;
             }
             self.serve_woken();
         }
+    }
+
+    /// The same once. How many had something, and `any` if something happened.
+    pub(super) fn ask_each_recent(&mut self, any: &mut bool) -> usize {
+        let mut recent = std::mem::take(&mut self.recent);
+        let had = recent.ask_all(|id, step| match step {
+            Step::Ask => {
+                let asked = self.client_readable(id, false);
+                *any |= asked != Asked::Nothing;
+                asked == Asked::Served
+            }
+            Step::Unwatch => self.unwatch(id),
+            Step::Watch => self.watch_again(id),
+        });
+        self.recent = recent;
+        had
     }
 
     /// `ends`: what is read now may be followed by the end, of which there will be no more news.
@@ -602,11 +619,52 @@ impl Daemon {
     }
 
     /// Has epoll watch a client for what its flags say, and tell at once what is there already.
-    fn tell_epoll(&self, id: ConnId) {
-        if let Some(c) = self.clients.get(&id) {
-            let _ =
-                epoll::modify(&self.epoll, &c.stream, epoll::EventData::new_u64(TOKEN_CLIENT + u64::from(id)), c.flags);
+    fn tell_epoll(&mut self, id: ConnId) {
+        if let Some(c) = self.clients.get_mut(&id) {
+            let data = epoll::EventData::new_u64(TOKEN_CLIENT + u64::from(id));
+            let told = if c.watched {
+                epoll::modify(&self.epoll, &c.stream, data, c.flags)
+            } else {
+                epoll::add(&self.epoll, &c.stream, data, c.flags)
+            };
+            c.watched |= told.is_ok();
+            if let Err(e) = told {
+                // The kernel is out of memory. It can connect again; unwatched it would wait for ever.
+                warn!(conn = id, "epoll: {e}: connection dropped");
+                self.drop_client(id);
+            }
         }
+    }
+
+    /// Has epoll say nothing of a client, as it is asked without. Whether that can be: one for which something else is watched for stays.
+    fn unwatch(&mut self, id: ConnId) -> bool {
+        if !self.is_all_sent(id) {
+            return false;
+        }
+        let Some(c) = self.clients.get_mut(&id) else { return false };
+        c.watched = epoll::delete(&self.epoll, &c.stream).is_err();
+        !c.watched
+    }
+
+    /// How many clients epoll watches.
+    #[cfg(test)]
+    pub(super) fn watched(&self) -> usize {
+        self.clients.values().filter(|c| c.watched).count()
+    }
+
+    /// Has it sleep without a longer look as soon as there is nothing to do.
+    #[cfg(test)]
+    pub(super) fn tire(&mut self) {
+        self.active = false;
+    }
+
+    /// Ends that, unless it ended already. Whether there is such a client.
+    fn watch_again(&mut self, id: ConnId) -> bool {
+        let Some(c) = self.clients.get(&id) else { return false };
+        if !c.watched {
+            self.tell_epoll(id);
+        }
+        true
     }
 
     /// Gives bytes to the store as far as it takes them; the rest is kept.
