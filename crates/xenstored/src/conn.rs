@@ -2,9 +2,9 @@
 
 use crate::held::Held;
 use crate::node::Tree;
-use crate::tx::Transaction;
+use crate::tx::Transactions;
 use crate::watch::WatchId;
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::rc::Rc;
 use xenstore_wire::{FrameDecoder, HEADER_LEN, Header, Message};
 
@@ -158,8 +158,8 @@ pub struct Connection {
     pub pending_events: HashSet<Rc<[u8]>>,
     /// In the order of registration.
     pub watches: BTreeSet<WatchId>,
-    /// By id.
-    pub transactions: BTreeMap<u32, Box<Transaction>>,
+    /// Those that are open.
+    pub transactions: Transactions,
     /// Where the search for a free id begins.
     pub next_tx: u32,
     /// The domain it acts for.
@@ -184,7 +184,7 @@ impl Connection {
             next_out: 0,
             pending_events: HashSet::new(),
             watches: BTreeSet::new(),
-            transactions: BTreeMap::new(),
+            transactions: Transactions::default(),
             next_tx: 1,
             target: None,
             ignored: false,

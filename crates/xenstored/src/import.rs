@@ -188,9 +188,8 @@ impl TxRecords {
 /// The nodes of a connection's open transactions. `hidden`: in records that a stock daemon skips.
 pub(crate) fn transaction_records_in(c: &Connection, conn_id: u32, tree: Option<&Tree>, hidden: bool) -> Vec<Record> {
     let mut out = Vec::new();
-    for t in c.transactions.values() {
-        for p in &t.order {
-            let Some(a) = t.nodes.get(p) else { continue };
+    for t in c.transactions.iter() {
+        for (p, a) in &t.nodes {
             let conflict = tree.is_some_and(|tree| tree.get(p).map_or(NO_GENERATION, |n| n.generation) != a.generation);
             let mut flags = if conflict || t.fail { flag::CONFLICT } else { 0 };
             if let Some(exact) = a.fire {
@@ -262,14 +261,12 @@ pub(crate) fn restore_transactions(s: &mut Store, id: ConnId, txs: &TxRecords, s
             };
             let fire = has(flag::FIRE).then_some(has(flag::EXACT));
             let base = if has(flag::BASE) { current } else { None };
-            let key: Rc<[u8]> = Rc::from(&n.path[..]);
-            if t.nodes.insert(key.clone(), Accessed { base, generation, state, fire, charged: 0 }).is_none() {
-                t.order.push(key);
-            }
+            t.nodes.insert(Rc::from(&n.path[..]), Accessed { base, generation, state, fire, charged: 0 });
         }
         // Which children a node got and lost follows from the nodes themselves.
-        for p in t.order.clone() {
-            let Some(a) = t.nodes.get(&p) else { continue };
+        for i in 0..t.nodes.len() {
+            let Some((p, a)) = t.nodes.get_index(i) else { continue };
+            let p = p.clone();
             let had = a.base.is_some();
             let (lost, got) = match &a.state {
                 State::Unchanged => (false, false),
@@ -292,7 +289,7 @@ pub(crate) fn restore_transactions(s: &mut Store, id: ConnId, txs: &TxRecords, s
         }
         let _ = s.charge(domid, t.charged as i64, false);
         if let Some(c) = s.conns.get_mut(&id)
-            && c.transactions.insert(tx_id, Box::new(t)).is_none()
+            && c.transactions.insert(Box::new(t)).is_none()
         {
             c.next_tx = c.next_tx.max(tx_id.wrapping_add(1));
             s.open_transactions += 1;
@@ -415,7 +412,7 @@ impl Store {
             Record::Domain { domid, features, quotas },
         ];
         records.extend(self.watch_records(c, true));
-        records.extend(c.transactions.values().map(|t| Record::Transaction { conn_id: c.id, tx_id: t.id }));
+        records.extend(c.transactions.iter().map(|t| Record::Transaction { conn_id: c.id, tx_id: t.id }));
         let mut seen: HashSet<Vec<u8>> = HashSet::new();
         for prefix in prefixes {
             frozen.snapshot.walk(prefix, &mut |p, n| {

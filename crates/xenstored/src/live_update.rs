@@ -187,7 +187,7 @@ impl Store {
         let mut reason = String::new();
         let (mut open, mut long) = (0, 0);
         for c in self.conns_in_order() {
-            let Some(started) = c.transactions.values().map(|t| t.started_ms).min() else { continue };
+            let Some(started) = c.transactions.iter().map(|t| t.started_ms).min() else { continue };
             open += 1;
             let age = now.saturating_sub(started);
             if age >= s.timeout_ms {
@@ -279,7 +279,7 @@ impl Store {
                     w.record(&r)?;
                 }
             }
-            for t in c.transactions.values() {
+            for t in c.transactions.iter() {
                 w.record(&Record::Transaction { conn_id: c.id, tx_id: t.id })?;
             }
         }

@@ -7,6 +7,7 @@ fn main() -> anyhow::Result<()> {
     let a = Args::parse();
     let options = a.options()?;
     let words = a.handed_on()?;
+    process::return_large_blocks();
     // At a live update this process is in the background, or not, already.
     let background = if a.no_fork || a.live_update { None } else { Some(process::background()?) };
     let log = Log::start(a.trace_file.as_deref(), !a.no_fork, a.verbose)?;

@@ -5,14 +5,17 @@ use crate::host::Host;
 use crate::node::{Name, Node, PermList, Value, owner};
 use crate::quota::node_size;
 use crate::store::{Answer, Caller, Found, Rights, Store, node_cost, ok};
-use crate::tx::{Accessed, Changed, NO_GENERATION, State, Transaction};
+use crate::tx::{Changed, NO_GENERATION, State, Transaction};
 use crate::watch::Watch;
+use smallvec::SmallVec;
 use std::borrow::Cow;
 use std::collections::HashSet;
 use std::rc::Rc;
 use xenstore_wire::{Errno, Header, Op, PAYLOAD_MAX, Perm, REL_PATH_MAX, path, payload, perm};
 
 type Tx = Option<Box<Transaction>>;
+/// Most transactions touch no more nodes.
+type Few<T> = SmallVec<[T; 4]>;
 /// Path and token of the event that follows a `WATCH`.
 type InitialEvent = Option<(Vec<u8>, Rc<[u8]>)>;
 
@@ -705,20 +708,21 @@ impl Store {
         if !c.privileged && conn.transactions.len() > limit {
             return Err(Errno::ENOSPC);
         }
-        while conn.next_tx == 0 || conn.transactions.contains_key(&conn.next_tx) {
+        while conn.next_tx == 0 || conn.transactions.contains(conn.next_tx) {
             conn.next_tx = conn.next_tx.wrapping_add(1);
         }
         let id = conn.next_tx;
         conn.next_tx = conn.next_tx.wrapping_add(1);
         self.generation += 1;
-        let mut t = Box::new(Transaction::new(id, self.generation, host.now_ms()));
+        let mut t = self.spare_transaction.take().unwrap_or_default();
+        (t.id, t.generation, t.started_ms) = (id, self.generation, host.now_ms());
         if let Peer::Domain(d) = conn.peer {
             self.redo.tx_open(d, id, t.generation, false, false);
             t.logged = Some((false, false));
         }
-        conn.transactions.insert(id, t);
+        conn.transactions.insert(t);
         self.open_transactions += 1;
-        Ok(Some(payload::join([id.to_string()]).into()))
+        Ok(Some(format!("{id}\0").as_bytes().into()))
     }
 
     fn op_transaction_end(&mut self, c: &Caller, tx: &mut Tx, p: &[u8], host: &mut dyn Host) -> Answer {
@@ -727,21 +731,22 @@ impl Store {
             b"F" => false,
             _ => return Err(Errno::EINVAL),
         };
-        let Some(t) = tx.take() else { return Err(Errno::ENOENT) };
+        let Some(mut t) = tx.take() else { return Err(Errno::ENOENT) };
         let _ = self.charge(c.domid, -(t.charged as i64), false);
-        if !commit {
-            return ok();
+        let done = match commit {
+            true if t.fail => Err(Errno::ENOMEM),
+            true => self.commit(c, &mut t, host),
+            false => Ok(()),
+        };
+        if t.clear() {
+            self.spare_transaction = Some(t);
         }
-        if t.fail {
-            return Err(Errno::ENOMEM);
-        }
-        self.commit(c, *t, host)?;
-        ok()
+        done.and_then(|()| ok())
     }
 
-    fn commit(&mut self, c: &Caller, mut t: Transaction, host: &mut dyn Host) -> Result<(), Errno> {
+    fn commit(&mut self, c: &Caller, t: &mut Transaction, host: &mut dyn Host) -> Result<(), Errno> {
         // Node counts of the owners.
-        let mut counts: Vec<(u16, i64)> = Vec::new();
+        let mut counts: Few<(u16, i64)> = Few::new();
         let mut add = |d: u16, n: i64| match counts.iter_mut().find(|(o, _)| *o == d) {
             Some((_, k)) => *k += n,
             None => counts.push((d, n)),
@@ -763,10 +768,16 @@ impl Store {
                 return Err(Errno::ENOSPC);
             }
         }
-        let conflict =
-            |a: &Accessed, p: &[u8]| self.tree.get(p).map_or(NO_GENERATION, |n| n.generation) != a.generation;
-        if t.nodes.iter().any(|(p, a)| conflict(a, p)) {
-            return Err(Errno::EAGAIN);
+        // Memory of what is changed, before and after.
+        let mut costs: Few<(u16, i64)> = Few::new();
+        for (p, a) in &t.nodes {
+            let n = self.tree.get(p);
+            if n.map_or(NO_GENERATION, |n| n.generation) != a.generation {
+                return Err(Errno::EAGAIN);
+            }
+            if let Some(n) = n.filter(|_| !matches!(a.state, State::Unchanged)) {
+                costs.push((n.owner(), -(node_cost(p, n) as i64)));
+            }
         }
         for (d, n) in counts {
             self.count_node(d, n);
@@ -775,23 +786,15 @@ impl Store {
             self.debit(c, host);
         }
         // The overlay's references go first, so that nothing needs to be cloned.
-        let mut changes: Vec<(Rc<[u8]>, State)> = Vec::new();
-        let mut fires: Vec<Fire> = Vec::new();
-        for p in std::mem::take(&mut t.order) {
-            let Some(a) = t.nodes.remove(&p) else { continue };
+        let mut changes: Few<(Rc<[u8]>, State)> = Few::new();
+        let mut fires: Few<Fire> = Few::new();
+        for (p, a) in t.nodes.drain(..) {
             let old = a.base.as_ref().map(|b| b.perms.clone());
             if let Some(exact) = a.fire {
                 fires.push(Fire { path: p.clone(), exact, old });
             }
             if !matches!(a.state, State::Unchanged) {
                 changes.push((p, a.state));
-            }
-        }
-        // Memory of what is changed, before and after.
-        for (p, _) in &changes {
-            if let Some(n) = self.tree.get(p) {
-                let (own, cost) = (n.owner(), node_cost(p, n) as i64);
-                let _ = self.charge(own, -cost, false);
             }
         }
         // Parents before children: a node's place is made by its parent.
@@ -801,7 +804,7 @@ impl Store {
             self.generation += 1;
             let now = self.generation;
             let perms = self.settled(&change.perms, change.stamp);
-            let Some(n) = self.tree.get_mut(p) else { continue };
+            let Some(n) = self.tree.present_mut(p) else { continue };
             n.value = std::mem::take(&mut change.value);
             n.perms = perms.clone();
             n.generation = now;
@@ -811,6 +814,8 @@ impl Store {
             for a in &change.added {
                 n.children.insert(a, Rc::new(Node::new(now, perms.clone())));
             }
+            // What its own children get and lose is up to their own changes.
+            costs.push((n.owner(), node_cost(p, n) as i64));
             self.redo.node(p, n, false);
             if self.redo.is_on() {
                 for r in change.removed.iter() {
@@ -823,11 +828,14 @@ impl Store {
                 }
             }
         }
-        for (p, _) in &changes {
+        // One whose parent was not told, by a stream that contradicts itself, is still there.
+        for (p, _) in changes.iter().filter(|(_, s)| matches!(s, State::Deleted)) {
             if let Some(n) = self.tree.get(p) {
-                let (own, cost) = (n.owner(), node_cost(p, n) as i64);
-                let _ = self.charge(own, cost, false);
+                costs.push((n.owner(), node_cost(p, n) as i64));
             }
+        }
+        for (own, cost) in costs {
+            let _ = self.charge(own, cost, false);
         }
         for f in fires {
             self.fire(Some(c), &f.path, None, f.exact, f.old.as_deref(), host);

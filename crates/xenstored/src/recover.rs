@@ -214,12 +214,12 @@ impl Store {
     pub(crate) fn log_transactions(&mut self, id: ConnId) {
         let Some(c) = self.conns.get_mut(&id) else { return };
         let Peer::Domain(domid) = c.peer else { return };
-        for mut t in std::mem::take(&mut c.transactions).into_values() {
-            t.touched = t.order.clone();
+        for mut t in c.transactions.take() {
+            t.touched = t.nodes.keys().cloned().collect();
             t.logged = None;
             self.log_transaction(domid, &mut t);
             if let Some(c) = self.conns.get_mut(&id) {
-                c.transactions.insert(t.id, t);
+                c.transactions.insert(t);
             }
         }
     }
@@ -439,6 +439,7 @@ impl Recovery {
         }
         let s = &mut self.store;
         s.domains.entry(owner(&perms)).or_default();
+        s.generation = s.generation.max(generation);
         if (p == b"/" || !to_end)
             && let Some(n) = s.tree.get_mut(p)
         {
@@ -466,6 +467,7 @@ impl Recovery {
             Change::Meta { path, generation, perms } => {
                 let n = self.store.tree.get_mut(path).ok_or_else(|| format!("there is no node {}", shown(path)))?;
                 (n.generation, n.perms) = (generation, perms.into());
+                self.store.generation = self.store.generation.max(generation);
             }
             Change::Remove { path } => {
                 if let Some(parent) = self.store.tree.get_mut(path::parent(path)) {
@@ -535,9 +537,13 @@ impl Recovery {
             }
             Change::TxOpen { domid, tx, generation, fail, created } => {
                 let c = self.conn(domid)?;
-                let fresh = !c.transactions.contains_key(&tx);
-                let t = c.transactions.entry(tx).or_insert_with(|| Box::new(Transaction::new(tx, generation, now_ms)));
-                (t.fail, t.created) = (fail, created);
+                let fresh = !c.transactions.contains(tx);
+                if fresh {
+                    c.transactions.insert(Box::new(Transaction::new(tx, generation, now_ms)));
+                }
+                if let Some(t) = c.transactions.get_mut(tx) {
+                    (t.fail, t.created) = (fail, created);
+                }
                 if fresh {
                     c.next_tx = tx.wrapping_add(1);
                     self.store.open_transactions += 1;
@@ -545,7 +551,7 @@ impl Recovery {
             }
             Change::TxNode { domid, tx, node } => return self.transaction_node(domid, tx, node),
             Change::TxEnd { domid, tx } => {
-                if self.conn(domid)?.transactions.remove(&tx).is_some() {
+                if self.conn(domid)?.transactions.remove(tx).is_some() {
                     self.store.open_transactions -= 1;
                 }
             }
@@ -661,15 +667,16 @@ impl Recovery {
                 State::Present(Box::new(c))
             }
         };
-        let t = self.conn(domid)?.transactions.get_mut(&tx);
+        let t = self.conn(domid)?.transactions.get_mut(tx);
         let t = t.ok_or_else(|| format!("domain {domid} has no transaction {tx}"))?;
         if let Some(a) = t.nodes.get_mut(node.path) {
             (a.state, a.fire) = (state, node.fire);
             return Ok(());
         }
-        let key: Rc<[u8]> = Rc::from(node.path);
-        t.order.push(key.clone());
-        t.nodes.insert(key, Accessed { base, generation: node.generation, state, fire: node.fire, charged: 0 });
+        t.nodes.insert(
+            Rc::from(node.path),
+            Accessed { base, generation: node.generation, state, fire: node.fire, charged: 0 },
+        );
         Ok(())
     }
 
@@ -703,7 +710,7 @@ impl Recovery {
                 c.out.iter().filter(|m| m.event && m.body.first() != Some(&b'@')).map(|m| m.body.clone()).collect();
             let mut bytes: usize = c.out.iter().map(Outgoing::size).sum();
             bytes += c.frozen.as_ref().map_or(0, |f| f.held.charged());
-            for t in c.transactions.values_mut() {
+            for t in c.transactions.iter_mut() {
                 t.charged = 0;
                 for (p, a) in &mut t.nodes {
                     a.charged = a.cost(p);

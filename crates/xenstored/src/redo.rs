@@ -145,6 +145,8 @@ pub(crate) struct Redo {
     buf: Vec<u8>,
     /// Domains whose queues changed, perhaps more than once.
     touched: Vec<u16>,
+    /// The highest generation of a node in `buf`.
+    newest: u64,
 }
 
 impl Redo {
@@ -155,6 +157,7 @@ impl Redo {
     /// Starts or stops keeping changes; those of before are forgotten.
     pub(crate) fn turn(&mut self, on: bool) {
         self.on = on;
+        self.newest = 0;
         self.buf.clear();
         self.touched.clear();
     }
@@ -174,6 +177,7 @@ impl Redo {
     /// Exchanges the changes for an empty buffer.
     pub(crate) fn swap(&mut self, with: &mut Vec<u8>) {
         with.clear();
+        self.newest = 0;
         std::mem::swap(&mut self.buf, with);
     }
 
@@ -202,6 +206,7 @@ impl Redo {
 
     /// A node was made or changed. `to_end`: it became the last of its parent's children.
     pub(crate) fn node(&mut self, path: &[u8], n: &Node, to_end: bool) {
+        self.newest = self.newest.max(n.generation);
         self.put(tag::NODE, |b| {
             b.push(to_end.into());
             meta(b, path, n);
@@ -211,6 +216,7 @@ impl Redo {
 
     /// A node's permissions or generation changed, and nothing else.
     pub(crate) fn meta(&mut self, path: &[u8], n: &Node) {
+        self.newest = self.newest.max(n.generation);
         self.put(tag::META, |b| meta(b, path, n));
     }
 
@@ -226,9 +232,11 @@ impl Redo {
         });
     }
 
-    /// The store's count of changes.
+    /// The store's count of changes, unless a node tells it: it is never less than a node's generation.
     pub(crate) fn generation(&mut self, n: u64) {
-        self.put(tag::GENERATION, |b| b.extend(n.to_le_bytes()));
+        if self.newest != n {
+            self.put(tag::GENERATION, |b| b.extend(n.to_le_bytes()));
+        }
     }
 
     // ---- domains ----

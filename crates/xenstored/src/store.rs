@@ -186,6 +186,8 @@ pub struct Store {
     pub(crate) introduce_perms: PermList,
     pub(crate) limiter: Limiter,
     pub(crate) open_transactions: usize,
+    /// One that is over, for its room.
+    pub(crate) spare_transaction: Option<Box<Transaction>>,
     pub(crate) live_update: Option<LiveUpdate>,
     pub(crate) imports: BTreeMap<u16, Import>,
     /// Connections that have something to send since the last look.
@@ -234,6 +236,7 @@ impl Store {
             introduce_perms: perms.clone(),
             limiter: Limiter::default(),
             open_transactions: 0,
+            spare_transaction: None,
             live_update: None,
             imports: BTreeMap::new(),
             woken: Vec::new(),
@@ -491,7 +494,7 @@ impl Store {
         let Some(c) = self.conns.get_mut(&id) else { return };
         let domid = c.peer.domid();
         let is_domain = matches!(c.peer, Peer::Domain(_));
-        for t in std::mem::take(&mut c.transactions).into_values() {
+        for t in c.transactions.take() {
             if is_domain {
                 self.redo.tx_end(domid, t.id);
             }
@@ -759,30 +762,35 @@ impl Store {
         t: &'t mut Transaction,
         path: &[u8],
     ) -> Result<&'t mut Accessed, Errno> {
-        if !t.nodes.contains_key(path) {
-            if !c.privileged && t.nodes.len() >= self.quotas(c.domid).transaction_nodes as usize {
-                t.fail = true;
-                return Err(Errno::ENOSPC);
-            }
-            let base = self.tree.get(path).cloned();
-            let charged = match &base {
-                Some(b) => tx_cost(path, b.perms.len(), b.value.len(), b.children.bytes()),
-                None => tx_cost(path, 0, 0, 0),
-            };
-            if self.charge(c.domid, charged as i64, true) == Err(Errno::ENOMEM) {
-                t.fail = true;
-                return Err(Errno::ENOMEM);
-            }
-            t.charged += charged;
-            let key: Rc<[u8]> = Rc::from(path);
-            t.order.push(key.clone());
-            let generation = base.as_ref().map_or(NO_GENERATION, |b| b.generation);
-            t.nodes.insert(key, Accessed { base, generation, state: State::Unchanged, fire: None, charged });
-        }
+        let place = match t.nodes.get_index_of(path) {
+            Some(place) => place,
+            None => self.first_access(c, t, path)?,
+        };
         if self.redo.is_on() && matches!(c.peer, Peer::Domain(_)) && t.touched.last().is_none_or(|p| **p != *path) {
             t.touched.push(Rc::from(path));
         }
-        t.nodes.get_mut(path).ok_or(Errno::EIO)
+        t.nodes.get_index_mut(place).map(|(_, a)| a).ok_or(Errno::EIO)
+    }
+
+    /// Puts a node into a transaction; its place there.
+    fn first_access(&mut self, c: &Caller, t: &mut Transaction, path: &[u8]) -> Result<usize, Errno> {
+        if !c.privileged && t.nodes.len() >= self.quotas(c.domid).transaction_nodes as usize {
+            t.fail = true;
+            return Err(Errno::ENOSPC);
+        }
+        let base = self.tree.get(path).cloned();
+        let charged = match &base {
+            Some(b) => tx_cost(path, b.perms.len(), b.value.len(), b.children.bytes()),
+            None => tx_cost(path, 0, 0, 0),
+        };
+        if self.charge(c.domid, charged as i64, true) == Err(Errno::ENOMEM) {
+            t.fail = true;
+            return Err(Errno::ENOMEM);
+        }
+        t.charged += charged;
+        let generation = base.as_ref().map_or(NO_GENERATION, |b| b.generation);
+        let a = Accessed { base, generation, state: State::Unchanged, fire: None, charged };
+        Ok(t.nodes.insert_full(Rc::from(path), a).0)
     }
 
     /// Whether an absolute path may name a node.
@@ -832,7 +840,7 @@ impl Store {
         let mut tx = None;
         let mut tx_missing = false;
         if h.tx_id != 0 && !ignores_tx {
-            tx = conn.transactions.remove(&h.tx_id);
+            tx = conn.transactions.remove(h.tx_id);
             tx_missing = tx.is_none();
         }
         let had_tx = tx.is_some();
@@ -861,7 +869,7 @@ impl Store {
                 self.log_transaction(d, &mut t);
             }
             match self.conns.get_mut(&id) {
-                Some(c) => drop(c.transactions.insert(t.id, t)),
+                Some(c) => drop(c.transactions.insert(t)),
                 None => self.transaction_over(caller.domid, &t),
             }
         } else if had_tx {

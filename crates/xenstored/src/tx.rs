@@ -5,7 +5,8 @@
 
 use crate::node::{Name, Node, PermList, Value};
 use crate::store::tx_cost;
-use std::collections::{HashMap, HashSet};
+use indexmap::IndexMap;
+use std::collections::HashSet;
 use std::rc::Rc;
 
 /// Generation of a node that does not exist.
@@ -169,8 +170,11 @@ impl Changed {
 /// Enough where one guest's paths are by themselves, and few (`transaction-nodes`): one that makes them collide slows down itself.
 type Quick = foldhash::quality::RandomState;
 
+/// With more nodes than so many, a transaction that is over is not kept for its room.
+const ROOM: usize = 64;
+
 /// An open transaction.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Transaction {
     /// The id that the client knows.
     pub id: u32,
@@ -178,10 +182,8 @@ pub struct Transaction {
     pub generation: u64,
     /// When it was opened, in milliseconds.
     pub started_ms: u64,
-    /// Nodes in the order of their first access.
-    pub order: Vec<Rc<[u8]>>,
-    /// By path.
-    pub nodes: HashMap<Rc<[u8]>, Accessed, Quick>,
+    /// By path, in the order of their first access.
+    pub nodes: IndexMap<Rc<[u8]>, Accessed, Quick>,
     /// It can't be committed any more.
     pub fail: bool,
     /// A node was made in it.
@@ -197,17 +199,77 @@ pub struct Transaction {
 impl Transaction {
     /// A fresh one.
     pub fn new(id: u32, generation: u64, started_ms: u64) -> Transaction {
-        Transaction {
-            id,
-            generation,
-            started_ms,
-            order: Vec::new(),
-            nodes: HashMap::default(),
-            fail: false,
-            created: false,
-            charged: 0,
-            touched: Vec::new(),
-            logged: None,
+        Transaction { id, generation, started_ms, ..Transaction::default() }
+    }
+
+    /// Makes it a fresh one again, of no id. Whether its room is worth keeping.
+    pub fn clear(&mut self) -> bool {
+        let mut nodes = std::mem::take(&mut self.nodes);
+        nodes.clear();
+        *self = Transaction { nodes, ..Transaction::default() };
+        self.nodes.capacity() <= ROOM
+    }
+}
+
+/// Open transactions of a connection, by id. Mostly there is one, and each request takes it out and puts it back.
+#[derive(Debug, Default)]
+#[allow(clippy::vec_box, reason = "moving one must be cheap")]
+pub struct Transactions(Vec<Box<Transaction>>);
+
+impl Transactions {
+    fn place(&self, id: u32) -> Result<usize, usize> {
+        self.0.binary_search_by_key(&id, |t| t.id)
+    }
+
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// None at all.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether there is one of this id.
+    pub fn contains(&self, id: u32) -> bool {
+        self.place(id).is_ok()
+    }
+
+    /// By id.
+    pub fn get_mut(&mut self, id: u32) -> Option<&mut Transaction> {
+        let i = self.place(id).ok()?;
+        self.0.get_mut(i).map(|t| &mut **t)
+    }
+
+    /// Puts one in; gives back one of the same id that was there.
+    pub fn insert(&mut self, t: Box<Transaction>) -> Option<Box<Transaction>> {
+        match self.place(t.id) {
+            Ok(i) => self.0.get_mut(i).map(|old| std::mem::replace(old, t)),
+            Err(i) => {
+                self.0.insert(i, t);
+                None
+            }
         }
+    }
+
+    /// Takes one out.
+    pub fn remove(&mut self, id: u32) -> Option<Box<Transaction>> {
+        self.place(id).ok().map(|i| self.0.remove(i))
+    }
+
+    /// All, the lowest id first.
+    pub fn iter(&self) -> impl Iterator<Item = &Transaction> {
+        self.0.iter().map(|t| &**t)
+    }
+
+    /// The same, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Transaction> {
+        self.0.iter_mut().map(|t| &mut **t)
+    }
+
+    /// Takes out all.
+    pub fn take(&mut self) -> impl Iterator<Item = Box<Transaction>> + use<> {
+        std::mem::take(&mut self.0).into_iter()
     }
 }

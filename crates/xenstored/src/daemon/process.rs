@@ -35,6 +35,14 @@ pub fn background() -> anyhow::Result<Background> {
     Ok(Background { ready: File::from(write) })
 }
 
+/// Has the allocator give large blocks back at once: a snapshot of a large store is one, and would leave a hole of its size for good.
+pub fn return_large_blocks() {
+    const LARGE: libc::c_int = 1 << 20;
+    // SAFETY: sets one number of the allocator. On failure, which it does not have for such a number, all is as it was.
+    #[cfg(target_env = "gnu")]
+    let _ = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE) };
+}
+
 /// The way back to the process that was started.
 #[derive(Debug)]
 pub struct Background {
