@@ -79,10 +79,9 @@ impl Set {
     fn is(&self, i: usize, name: &[u8]) -> bool {
         let own = self.name(i);
         // Names of the same length mostly differ in what comes last: a number.
-        own.len() == name.len()
-            && own.last() == name.last()
-            && own == name
-            && self.nodes.get(i).is_some_and(Option::is_some)
+        let may_be =
+            own.len() == name.len() && own.last() == name.last() && self.nodes.get(i).is_some_and(Option::is_some);
+        may_be && own == name
     }
 
     fn find(&self, name: &[u8]) -> Option<usize> {
@@ -117,8 +116,12 @@ impl Set {
 
     /// Whether they have become too many for their index.
     fn is_crowded(&self) -> bool {
-        self.nodes.len() > FEW && matches!(self.index, Index::None)
-            || self.nodes.len() > MANY && matches!(self.index, Index::Tags(_))
+        match self.index {
+            Index::None => self.nodes.len() > FEW,
+            // Not as soon as there are gaps: with just so many children each one that is made anew would make a gap.
+            Index::Tags(_) => self.nodes.len() - self.gaps > MANY,
+            Index::Table(_) => false,
+        }
     }
 
     /// Whether much of it is of removed ones: no more may be kept than a few times what their owner is charged for.
@@ -195,10 +198,15 @@ impl Children {
         let node = s.nodes.get_mut(i)?.take()?;
         s.bytes -= name.len() + 1;
         s.gaps += 1;
-        if let Index::Table(places) = &mut s.index
-            && let Ok(e) = places.find_entry(hash(name), |&k| k as usize == i)
-        {
-            e.remove();
+        match &mut s.index {
+            Index::None => {}
+            // Not to be found by it any more: one name may be made and removed again and again.
+            Index::Tags(tags) => tags.iter_mut().skip(i).take(1).for_each(|t| *t = !*t),
+            Index::Table(places) => {
+                if let Ok(e) = places.find_entry(hash(name), |&k| k as usize == i) {
+                    e.remove();
+                }
+            }
         }
         if s.gaps == s.nodes.len() {
             self.0 = None;
