@@ -32,7 +32,7 @@ const MOST_VAIN: u32 = 10;
 pub enum Step {
     /// Ask it. True: there was something.
     Ask,
-    /// Take it from epoll, which is to say nothing of it any more. True: that was done.
+    /// Take it from epoll, which is to say nothing of it any more. True: epoll does not watch it now.
     Unwatch,
     /// Have epoll watch it again.
     Watch,
@@ -78,12 +78,11 @@ impl Recent {
             if step(c.id, Step::Ask) {
                 had += 1;
                 c.vain = 0;
-                if c.watched {
-                    c.served += 1;
-                    if c.served == UNWATCHED_FROM {
-                        c.served = 0;
-                        c.watched = !step(c.id, Step::Unwatch);
-                    }
+                c.served += 1;
+                if c.served == UNWATCHED_FROM {
+                    c.served = 0;
+                    // Again if it is so already: it may be watched for something else meanwhile.
+                    c.watched = !step(c.id, Step::Unwatch);
                 }
                 return true;
             }
@@ -203,7 +202,10 @@ mod tests {
         fn step(&mut self, id: ConnId, s: Step, busy: bool) -> bool {
             match s {
                 Step::Ask => busy,
-                Step::Unwatch => self.0.remove(&id),
+                Step::Unwatch => {
+                    self.0.remove(&id);
+                    true
+                }
                 Step::Watch => {
                     assert!(self.0.insert(id), "{id} is watched already");
                     true

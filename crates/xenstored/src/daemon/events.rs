@@ -38,6 +38,8 @@ const ASK_NS: u64 = 500_000;
 /// Bytes offered to a socket in one write.
 const WRITE_SIZE: usize = 64 << 10;
 
+const SEND: SendFlags = SendFlags::NOSIGNAL.union(SendFlags::DONTWAIT);
+
 /// How often a domain that lives is connected anew after a kill, and how long between, in milliseconds.
 const RECONNECT_TRIES: u32 = 10;
 const RECONNECT_MS: u64 = 20;
@@ -427,10 +429,15 @@ impl Daemon {
         self.due = self.due.into_iter().chain(next.map(|ms| now + ms)).min();
         let asked = may_wait && self.ask_recent();
         let idle = self.machine.ready.is_empty() && may_wait && !asked;
-        let sleeps = idle && !self.look.again(self.active, || self.machine.now_ns(), process::times_preempted);
+        let mut sleeps = idle && !self.look.again(self.active, || self.machine.now_ns(), process::times_preempted);
         if sleeps {
             let mut recent = std::mem::take(&mut self.recent);
-            recent.watch_all(|id, _| self.watch_again(id));
+            recent.watch_all(|id, _| {
+                let there = self.watch_again(id);
+                // Something may follow from its end.
+                sleeps &= there;
+                there
+            });
             self.recent = recent;
         }
         let wait = if sleeps { self.due.map(|due| due.saturating_sub(now)) } else { Some(0) };
@@ -547,7 +554,11 @@ impl Daemon {
                 asked == Asked::Served
             }
             Step::Unwatch => self.unwatch(id),
-            Step::Watch => self.watch_again(id),
+            Step::Watch => {
+                let there = self.watch_again(id);
+                *any |= !there;
+                there
+            }
         });
         self.recent = recent;
         had
@@ -560,7 +571,7 @@ impl Daemon {
         if waiting == 0 {
             more = ends;
             let mut buf = std::mem::take(&mut self.read_buf);
-            let n = match rustix::net::recv(&c.stream, &mut buf[..], RecvFlags::empty()) {
+            let n = match rustix::net::recv(&c.stream, &mut buf[..], RecvFlags::DONTWAIT) {
                 Ok((_, 0)) => None,
                 Ok((_, n)) => Some(n),
                 Err(Errno::AGAIN) if !ends => {
@@ -629,7 +640,7 @@ impl Daemon {
             };
             c.watched |= told.is_ok();
             if let Err(e) = told {
-                // The kernel is out of memory. It can connect again; unwatched it would wait for ever.
+                // The kernel is out of memory, or of what one user may have watched. It can connect again; unwatched it would wait for ever.
                 warn!(conn = id, "epoll: {e}: connection dropped");
                 self.drop_client(id);
             }
@@ -642,7 +653,7 @@ impl Daemon {
             return false;
         }
         let Some(c) = self.clients.get_mut(&id) else { return false };
-        c.watched = epoll::delete(&self.epoll, &c.stream).is_err();
+        c.watched = c.watched && epoll::delete(&self.epoll, &c.stream).is_err();
         !c.watched
     }
 
@@ -658,13 +669,12 @@ impl Daemon {
         self.active = false;
     }
 
-    /// Ends that, unless it ended already. Whether there is such a client.
+    /// Ends that, unless it ended already. Whether the client is there.
     fn watch_again(&mut self, id: ConnId) -> bool {
-        let Some(c) = self.clients.get(&id) else { return false };
-        if !c.watched {
+        if self.clients.get(&id).is_some_and(|c| !c.watched) {
             self.tell_epoll(id);
         }
-        true
+        self.clients.contains_key(&id)
     }
 
     /// Gives bytes to the store as far as it takes them; the rest is kept.
@@ -733,7 +743,7 @@ impl Daemon {
             // What was done is written down before anybody hears that it was.
             self.commit(None);
             let Some(c) = self.clients.get(&id) else { break };
-            match rustix::net::send(&c.stream, &buf, SendFlags::NOSIGNAL) {
+            match rustix::net::send(&c.stream, &buf, SEND) {
                 Ok(n) => {
                     self.store.wrote(id, n);
                     done = Ok(true);
@@ -765,7 +775,7 @@ impl Daemon {
         let sent = match self.clients.get(&id) {
             None => Err(Errno::PIPE),
             Some(c) => loop {
-                match rustix::net::send(&c.stream, &buf, SendFlags::NOSIGNAL) {
+                match rustix::net::send(&c.stream, &buf, SEND) {
                     Err(Errno::INTR) => {}
                     Err(Errno::AGAIN) => break Ok(0),
                     r => break r,
