@@ -722,7 +722,9 @@ impl Store {
         }
         conn.transactions.insert(t);
         self.open_transactions += 1;
-        Ok(Some(format!("{id}\0").as_bytes().into()))
+        let mut text: SmallVec<[u8; 16]> = itoa::Buffer::new().format(id).as_bytes().into();
+        text.push(0);
+        Ok(Some(text[..].into()))
     }
 
     fn op_transaction_end(&mut self, c: &Caller, tx: &mut Tx, p: &[u8], host: &mut dyn Host) -> Answer {

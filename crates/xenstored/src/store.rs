@@ -628,35 +628,36 @@ impl Store {
     /// # Errors
     /// With `check`: `ENOMEM` if that would be over the quota. `ENOENT`: no such domain.
     pub(crate) fn charge(&mut self, domid: u16, bytes: i64, check: bool) -> Result<(), Errno> {
-        let limited = !self.domid_privileged(domid);
+        if self.domid_privileged(domid) {
+            self.domains.get_mut(&domid).ok_or(Errno::ENOENT)?.memory += bytes;
+            return Ok(());
+        }
         let soft = i64::from(self.options.soft_memory);
         let hard = i64::from(self.quotas(domid).memory);
         let Some(d) = self.domains.get_mut(&domid) else { return Err(Errno::ENOENT) };
         let new = d.memory + bytes;
         let mut goes_on = None;
-        if limited {
-            // Its requests waited, and nobody may raise its port for that: others may have freed the memory.
-            if hard != 0 && d.memory >= hard && new < hard {
-                goes_on = d.conn;
+        // Its requests waited, and nobody may raise its port for that: others may have freed the memory.
+        if hard != 0 && d.memory >= hard && new < hard {
+            goes_on = d.conn;
+        }
+        let ignored = d.conn.and_then(|c| self.conns.get(&c)).is_some_and(|c| c.ignored);
+        let over = hard != 0 && new >= hard && !ignored;
+        if over != d.hard_reported {
+            d.hard_reported = over;
+            if over {
+                warn!(domid, bytes = new, quota = hard, "domain exceeds its memory quota: its requests wait");
+            } else {
+                info!(domid, bytes = new, quota = hard, "domain is below its memory quota again");
             }
-            let ignored = d.conn.and_then(|c| self.conns.get(&c)).is_some_and(|c| c.ignored);
-            let over = hard != 0 && new >= hard && !ignored;
-            if over != d.hard_reported {
-                d.hard_reported = over;
-                if over {
-                    warn!(domid, bytes = new, quota = hard, "domain exceeds its memory quota: its requests wait");
-                } else {
-                    info!(domid, bytes = new, quota = hard, "domain is below its memory quota again");
-                }
-            }
-            if over && check {
-                return Err(Errno::ENOMEM);
-            }
-            if (new >= soft && soft != 0) != d.soft_reported {
-                d.soft_reported = !d.soft_reported;
-                if d.soft_reported {
-                    warn!(domid, bytes = new, quota = soft, "domain exceeds its soft memory quota");
-                }
+        }
+        if over && check {
+            return Err(Errno::ENOMEM);
+        }
+        if (new >= soft && soft != 0) != d.soft_reported {
+            d.soft_reported = !d.soft_reported;
+            if d.soft_reported {
+                warn!(domid, bytes = new, quota = soft, "domain exceeds its soft memory quota");
             }
         }
         d.memory = new;
@@ -1105,13 +1106,26 @@ impl Store {
     pub fn check(&self) -> Vec<String> {
         let mut wrong = Vec::new();
         let mut sums: HashMap<u16, i64> = HashMap::new();
+        let mut memory: HashMap<u16, i64> = HashMap::new();
         self.tree.walk(b"/", &mut |p, n| {
             *sums.entry(n.owner()).or_default() += 1;
+            *memory.entry(n.owner()).or_default() += node_cost(p, n) as i64;
             if n.perms.is_empty() {
                 wrong.push(format!("node {} has no owner", String::from_utf8_lossy(p)));
             }
         });
+        for c in self.conns.values() {
+            let watches: usize = c.watches.iter().filter_map(|w| self.watches.get(*w)).map(|w| w.size()).sum();
+            let waiting: usize = c.out.iter().map(Outgoing::size).sum();
+            let held = c.frozen.as_ref().map_or(0, |f| f.held.charged());
+            let open: usize = c.transactions.iter().map(|t| t.charged).sum();
+            *memory.entry(c.peer.domid()).or_default() += (watches + waiting + held + open) as i64;
+        }
         for (d, v) in &self.domains {
+            let has = memory.get(d).copied().unwrap_or(0);
+            if has != v.memory {
+                wrong.push(format!("domain {d} is accounted {} bytes and has {has}", v.memory));
+            }
             let n = sums.remove(d).unwrap_or(0);
             if n != v.nodes {
                 wrong.push(format!("domain {d} is accounted {} nodes and has {n}", v.nodes));

@@ -19,7 +19,9 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use thiserror::Error;
 
 const MAGIC: &[u8; 8] = b"FERRYXSJ";
-const VERSION: u32 = 1;
+/// Version 1 always had a record of the store's count of changes, which is read as well.
+const VERSION: u32 = 2;
+const OLDEST: u32 = 1;
 /// Where the snapshot begins.
 const DATA: usize = 4096;
 /// Bytes before a batch: its length and its checksum.
@@ -146,8 +148,11 @@ fn contents(bytes: Vec<u8>, boot: &[u8; BOOT_ID], lock: File) -> Result<Loaded, 
         return Err(JournalError::Foreign("it is no state journal".into()));
     }
     match u32_at(&bytes, at::VERSION) {
-        VERSION => {}
-        v => return Err(JournalError::Foreign(format!("it is of version {v}, this daemon knows version {VERSION}"))),
+        OLDEST..=VERSION => {}
+        v => {
+            let text = format!("it is of version {v}, this daemon knows versions {OLDEST} to {VERSION}");
+            return Err(JournalError::Foreign(text));
+        }
     }
     if bytes.len() < DATA || hash(&bytes[at::BOOT..at::STATE]) != u32_at(&bytes, at::CHECK) {
         return damaged(0, "the header is damaged");

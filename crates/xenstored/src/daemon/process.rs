@@ -37,10 +37,15 @@ pub fn background() -> anyhow::Result<Background> {
 
 /// Has the allocator give large blocks back at once: a snapshot of a large store is one, and would leave a hole of its size for good.
 pub fn return_large_blocks() {
-    const LARGE: libc::c_int = 1 << 20;
-    // SAFETY: sets one number of the allocator. On failure, which it does not have for such a number, all is as it was.
     #[cfg(target_env = "gnu")]
-    let _ = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE) };
+    for (what, bytes) in [
+        (libc::M_MMAP_THRESHOLD, 1 << 20),
+        // It does not follow by itself then. Smaller blocks come and go without the kernel.
+        (libc::M_TRIM_THRESHOLD, 2 << 20),
+    ] {
+        // SAFETY: sets one number of the allocator. On failure, which there is none for such numbers, all is as it was.
+        let _ = unsafe { libc::mallopt(what, bytes) };
+    }
 }
 
 /// The way back to the process that was started.
