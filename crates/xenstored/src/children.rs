@@ -300,6 +300,24 @@ mod tests {
         assert_eq!(c.len(), 200);
     }
 
+    /// Neither is a name that is gone met again by its tag, nor is the index made anew each time with just as many as it may have.
+    #[test]
+    fn one_made_and_removed_again_and_again_costs_little() {
+        let perms: PermList = vec![Perm::new(Access::NONE, 0)].into();
+        let mut c = Children::default();
+        for i in 0..MANY {
+            c.insert(format!("n{i}").as_bytes(), Rc::new(Node::new(0, perms.clone())));
+        }
+        for gaps in 1..100 {
+            assert!(c.remove(b"n7").is_some());
+            c.insert(b"n7", Rc::new(Node::new(0, perms.clone())));
+            let s = c.0.as_ref().unwrap();
+            let Index::Tags(tags) = &s.index else { panic!("{:?}", s.index) };
+            assert_eq!(s.gaps, gaps);
+            assert_eq!(memchr::memchr_iter(tag(b"n7"), tags).filter(|&i| s.name(i) == b"n7").count(), 1);
+        }
+    }
+
     /// Against a plain list: what is found, in which order.
     #[test]
     fn they_are_what_a_list_would_be() {
