@@ -311,7 +311,7 @@ pub fn fill(socket: &Path, nodes: usize, limit: Duration) -> Result<usize> {
 /// Makes a node, without a value in the end, for which the C daemon has room for its children's names.
 ///
 /// That daemon keeps a node with those names in one record of a database, moves it when it grows, and looks through all the pieces that
-/// this leaves whenever it needs room: a million nodes would take it an hour.
+/// this leaves whenever it needs room: each node would take it longer than the one before.
 fn make_room(c: &mut Client, path: &[u8]) -> Result<()> {
     for room in [FAN * b"node-00\0".len(), 0] {
         c.send(Op::Write, 0, |b| {
