@@ -1,7 +1,7 @@
 //! Requests of tools that are answered without a queue: nothing but the time that they take differs from those that go by one.
 
 mod common;
-use common::World;
+use common::{World, nodes};
 use proptest::prelude::*;
 use xenstore_wire::{Message, Op, payload};
 use xenstored::{ConnId, Options, Store};
@@ -59,15 +59,6 @@ fn ask() -> impl Strategy<Value = Ask> {
     )
 }
 
-fn tree(s: &Store) -> Vec<String> {
-    let mut v = Vec::new();
-    s.tree().walk(b"/", &mut |p, n| {
-        let perms: Vec<String> = n.perms.iter().map(ToString::to_string).collect();
-        v.push(format!("{} {} {} {}", p.escape_ascii(), n.value.escape_ascii(), perms.join(","), n.generation));
-    });
-    v
-}
-
 /// A store after all that, what each tool received of it, and how many requests went the short way.
 fn run(asks: &[Ask], directly: bool) -> (Vec<String>, [Vec<u8>; 2], usize) {
     let mut w = World::new(Options::default());
@@ -110,15 +101,15 @@ fn run(asks: &[Ask], directly: bool) -> (Vec<String>, [Vec<u8>; 2], usize) {
         }
     }
     assert_eq!(w.store.check(), Vec::<String>::new());
-    let mut state = tree(&w.store);
+    let mut state = nodes(&w.store);
     let back = Store::recover(Options::default(), &snapshot, batches.iter().map(|b| &b[..]), 0).unwrap().store;
-    assert_eq!(tree(&back), state, "what comes back after a kill");
+    assert_eq!(nodes(&back), state, "what comes back after a kill");
     // Its count of changes shows in the next one; an open transaction of a tool does not come back.
     for d in [0, 1] {
         state.push(format!("{:?}", w.store.usage(d)));
     }
     w.write(tools[0], "/next", "").unwrap();
-    state.extend(tree(&w.store));
+    state.extend(nodes(&w.store));
     (state, got, short)
 }
 

@@ -1,7 +1,7 @@
 //! A store goes into a journal and comes out of it: what the kill tests, whose clients are rings, have no eye for.
 
 mod common;
-use common::World;
+use common::{World, nodes};
 use proptest::prelude::*;
 use xenstore_wire::{Errno, Op, payload};
 use xenstored::{DomainState, Moved, Options, Recovered, RingStep, Store};
@@ -41,15 +41,6 @@ fn kill(w: &mut World, j: &Journal) -> u32 {
     w.events.clear();
     w.replies.clear();
     w.tool()
-}
-
-fn nodes(s: &Store) -> Vec<String> {
-    let mut v = Vec::new();
-    s.tree().walk(b"/", &mut |p, n| {
-        let perms: Vec<String> = n.perms.iter().map(ToString::to_string).collect();
-        v.push(format!("{} {} {} {}", p.escape_ascii(), n.value.escape_ascii(), perms.join(","), n.generation));
-    });
-    v
 }
 
 fn exported() -> Vec<u8> {

@@ -195,3 +195,13 @@ impl World {
         assert_eq!(self.store.check(), Vec::<String>::new());
     }
 }
+
+/// All nodes of a store: path, value, permissions, generation.
+pub fn nodes(s: &Store) -> Vec<String> {
+    let mut v = Vec::new();
+    s.tree().walk(b"/", &mut |p, n| {
+        let perms: Vec<String> = n.perms.iter().map(ToString::to_string).collect();
+        v.push(format!("{} {} {} {}", p.escape_ascii(), n.value.escape_ascii(), perms.join(","), n.generation));
+    });
+    v
+}
